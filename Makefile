@@ -1,0 +1,35 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+demo: .venv/demo.stamp  ## fit a real language model into half its memory and time per token, under ten minutes
+	$(BIN)/lilliput fit
+
+test: .venv/test.stamp  ## every test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: .venv/dev.stamp  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/demo.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[zoo]'
+	$(BIN)/lilliput zoo fetch smollm2-135m
+	touch $@
+
+.venv/test.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/lilliput zoo fetch smollm2-135m fashion-mnist mobilenet-v2 digits
+	touch $@
+
+.venv/dev.stamp: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv

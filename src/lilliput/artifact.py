@@ -1,0 +1,252 @@
+"""A fitted model on disk: `model.safetensors`, `architecture.json` (edits), `plan.yaml`, and for Hugging Face models the
+configuration and tokenizer. Nothing is pickled; saving loads the result back and compares it to the bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lilliput.edits import describe, replay
+from lilliput.errors import UserError
+from lilliput.plan import Plan
+from lilliput.workload import Batch, Workload
+
+VERSION = 1
+WEIGHTS, ARCHITECTURE, PLAN, EXAMPLE = "model.safetensors", "architecture.json", "plan.yaml", "example.safetensors"
+MAX_JSON_BYTES = 64_000_000
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    workload: Workload,
+    plan: Plan | None = None,
+    facts: dict[str, Any] | None = None,
+) -> Path:
+    """Write `model` to `folder`, load it back and compare every tensor and the example's output to the bit.
+
+    The folder appears only when it is complete; an older artifact of that name is replaced, anything else refused.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / ARCHITECTURE).exists() and any(folder.iterdir()):
+        raise UserError(f"{str(folder)!r} holds something that is not an artifact; choose another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {str(folder.parent)!r}: {error.strerror}") from None
+    try:
+        _write(model, beside, workload, plan or Plan(), facts or {})
+        _check_reload(model, beside, workload)
+        beside.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(beside, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot save to {str(folder)!r}: {error}; free some space or choose another folder") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _write(model: nn.Module, folder: Path, workload: Workload, plan: Plan, facts: dict[str, Any]) -> None:
+    if workload.source.get("kind") == "hf":
+        _write_hf_files(model, folder, workload)
+    tensors, aliases = _stored_tensors(model)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    edits = describe(model, skeleton(workload.source, folder, workload))
+    architecture = {
+        "version": VERSION,
+        "name": workload.name,
+        "kind": workload.kind,
+        "source": workload.source,
+        "edits": edits,
+        "aliases": aliases,
+        "facts": facts,
+    }
+    (folder / ARCHITECTURE).write_text(json.dumps(architecture, indent=1))
+    (folder / PLAN).write_text(plan.to_yaml())
+    save_file({k: v.contiguous() for k, v in workload.example.items()}, folder / EXAMPLE)
+
+
+def _write_hf_files(model: nn.Module, folder: Path, workload: Workload) -> None:
+    model.config.save_pretrained(folder)  # type: ignore[union-attr]
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "lilliput", "version": VERSION}
+    config["architectures"] = [type(model).__name__]
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)  # type: ignore[union-attr]
+    if workload.tokenizer is not None:
+        workload.tokenizer.save_pretrained(folder)
+
+
+def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once (parameters and all buffers, persistent or not), and name -> name for the shared ones."""
+    everything = dict(model.state_dict())
+    everything |= {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in everything}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple, str] = {}
+    for name, tensor in everything.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in first:
+            aliases[name] = first[place]
+        else:
+            first[place] = name
+            tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return tensors, aliases
+
+
+def _check_reload(model: nn.Module, folder: Path, workload: Workload) -> None:
+    again = load(folder, model=_own_skeleton(workload))
+    mine, theirs = model.state_dict(), again.state_dict()
+    wrong = [n for n in mine if n not in theirs or not torch.equal(mine[n], theirs[n])]
+    if wrong or len(mine) != len(theirs):
+        raise UserError(f"the saved model differs from the one in memory at {wrong[:3]}; nothing was written")
+    with torch.inference_mode():
+        was_training = model.training
+        outputs = [workload.forward(m.eval(), workload.example) for m in (model, again)]
+        model.train(was_training)
+    if not torch.equal(*outputs):
+        error = float((outputs[0] - outputs[1]).abs().max())
+        raise UserError(f"the reloaded model answers differently (largest difference {error:.3g}); nothing was written")
+
+
+def _own_skeleton(workload: Workload) -> nn.Module | None:
+    return None if workload.source else copy.deepcopy(workload.model)
+
+
+def skeleton(source: dict[str, Any], folder: Path, workload: Workload | None = None) -> nn.Module:
+    """The unchanged architecture an artifact starts from, without weights (on the meta device)."""
+    kind = source.get("kind")
+    if kind == "hf":
+        return _hf_skeleton(folder)
+    if kind == "zoo":
+        from lilliput.zoo import nets
+
+        with torch.device("meta"):
+            return nets.build(source["name"])
+    if workload is not None:
+        return copy.deepcopy(workload.model).to("meta")
+    raise UserError(
+        f"{str(folder)!r} holds a model of your own class; load it with lilliput.load(folder, model=YourModel())"
+    )
+
+
+def _hf_skeleton(folder: Path) -> nn.Module:
+    import transformers
+
+    data = _read_json(folder / "config.json")
+    data.pop("quantization_config", None)
+    names = data.get("architectures") or ["LlamaForCausalLM"]
+    cls = getattr(transformers, str(names[0]), None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise UserError(f"{str(folder)!r} names the architecture {names[0]!r}, which transformers does not have")
+    try:
+        config = transformers.AutoConfig.for_model(**data)
+        with torch.device("meta"):
+            return cls(config)
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"the configuration in {str(folder)!r} is broken: {str(error)[:200]}") from None
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The fitted model of an artifact, in eval mode, equal to the bit to the one saved.
+
+    `model` is an instance of your own class for artifacts of models that neither transformers nor the zoo can build.
+    """
+    folder = Path(folder)
+    architecture = read_architecture(folder)
+    if model is None:
+        model = skeleton(architecture["source"], folder)
+    model = replay(model, architecture["edits"])
+    assign_tensors_(model, folder, architecture["aliases"])
+    return model.eval()
+
+
+def read_architecture(folder: str | Path) -> dict[str, Any]:
+    """The checked content of architecture.json. Raises UserError when it is missing, broken or newer."""
+    folder = Path(folder)
+    if not (folder / ARCHITECTURE).is_file():
+        raise UserError(f"{str(folder)!r} is not an artifact of lilliput: {ARCHITECTURE} is missing")
+    data = _read_json(folder / ARCHITECTURE)
+    wrong = [k for k, t in _FIELDS.items() if not isinstance(data.get(k), t)]
+    if wrong:
+        raise UserError(f"{ARCHITECTURE} in {str(folder)!r} is broken at {', '.join(wrong)}; save the model again")
+    if data["version"] > VERSION:
+        raise UserError(f"{str(folder)!r} has version {data['version']}, made by a newer lilliput; update it")
+    if not all(isinstance(e, dict) for e in data["edits"]):
+        raise UserError(f"{ARCHITECTURE} in {str(folder)!r} holds edits that are no mappings; save the model again")
+    return data
+
+
+_FIELDS = {"version": int, "source": dict, "edits": list, "aliases": dict}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{str(path)!r} is larger than {MAX_JSON_BYTES} bytes; it is refused")
+        data = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {str(path)!r}: {str(error)[:200]}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{str(path)!r} does not hold a JSON object")
+    return data
+
+
+def assign_tensors_(model: nn.Module, folder: Path, aliases: dict[str, str]) -> None:
+    """Put the saved tensors into the model: every one must fit and none may be missing."""
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {WEIGHTS} in {str(folder)!r}: {error}") from None
+    try:
+        tensors |= {name: tensors[target] for name, target in aliases.items()}
+    except (KeyError, TypeError):
+        raise UserError(f"{ARCHITECTURE} in {str(folder)!r} shares a tensor that {WEIGHTS} does not hold") from None
+    for name, tensor in tensors.items():
+        _assign(model, name, tensor)
+    empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if empty:
+        raise UserError(f"{WEIGHTS} in {str(folder)!r} lacks {', '.join(empty[:3])}; save the model again")
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    try:
+        owner = model.get_submodule(owner_name)
+    except AttributeError:
+        raise UserError(f"{WEIGHTS} holds {name!r}, which the architecture does not have") from None
+    old = owner._parameters.get(leaf, owner._buffers.get(leaf))
+    if old is None:
+        raise UserError(f"{WEIGHTS} holds {name!r}, which the architecture does not have")
+    if old.shape != tensor.shape or old.dtype != tensor.dtype:
+        raise UserError(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, expected {old.dtype} {list(old.shape)}")
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def load_example(folder: str | Path) -> Batch:
+    """The input that latency and memory are measured on."""
+    return load_file(Path(folder) / EXAMPLE)
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer saved beside a language model."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)

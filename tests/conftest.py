@@ -1,0 +1,94 @@
+"""Tiny models and workloads that many tests share; everything is made here, nothing is fetched."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+import pytest
+import torch
+from torch import nn
+
+from lilliput.workload import Workload, windows
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+class TinyCnn(nn.Module):
+    """conv-bn-relu, a residual pair, a classifier: (B, 1, 16, 16) -> (B, 10)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.bn2 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv3, self.bn3 = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, input):
+        x = torch.relu(self.bn1(self.conv1(input)))
+        x = torch.relu(x + self.bn2(self.conv2(x)))
+        x = torch.relu(self.bn3(self.conv3(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture
+def tiny_cnn():
+    torch.manual_seed(0)
+    model = TinyCnn()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(32, 1, 16, 16))
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model.eval()
+
+
+@pytest.fixture
+def cnn_work(tiny_cnn):
+    """Random pictures labelled by the model itself, so that its accuracy is 100 %."""
+    generator = torch.Generator().manual_seed(1)
+
+    def batch():
+        x = torch.randn(16, 1, 16, 16, generator=generator)
+        with torch.no_grad():
+            return {"input": x, "label": tiny_cnn(x).argmax(-1)}
+
+    splits = [[batch() for _ in range(2)] for _ in range(4)]
+    return Workload.classifier(tiny_cnn, *splits[:3], training=splits[3], name="tiny-cnn")
+
+
+@pytest.fixture
+def llama_work(tiny_llama):
+    """Random token windows; the source lets an artifact rebuild the model from its own config."""
+    generator = torch.Generator().manual_seed(2)
+    splits = [torch.randint(3, 64, (8, 24), generator=generator) for _ in range(4)]
+    return Workload.causal_lm(
+        tiny_llama,
+        *splits[:3],
+        training=windows(splits[3]),
+        name="tiny-llama",
+        source={"kind": "hf", "config": "config.json"},
+    )
