@@ -84,6 +84,7 @@ def _write_hf_files(model: nn.Module, folder: Path, workload: Workload) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "lilliput", "version": VERSION}
     config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)  # type: ignore[union-attr]
@@ -206,8 +207,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def assign_tensors_(model: nn.Module, folder: Path, aliases: dict[str, str]) -> None:
-    """Put the saved tensors into the model: every one must fit and none may be missing."""
+def assign_tensors_(model: nn.Module, folder: Path, aliases: dict[str, str], any_dtype: bool = False) -> None:
+    """Put the saved tensors into the model: every one must fit and none may be missing.
+
+    `any_dtype` is for a model that transformers has filled and cast already.
+    """
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -217,13 +221,13 @@ def assign_tensors_(model: nn.Module, folder: Path, aliases: dict[str, str]) -> 
     except (KeyError, TypeError):
         raise UserError(f"{ARCHITECTURE} in {str(folder)!r} shares a tensor that {WEIGHTS} does not hold") from None
     for name, tensor in tensors.items():
-        _assign(model, name, tensor)
+        _assign(model, name, tensor, any_dtype)
     empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if empty:
         raise UserError(f"{WEIGHTS} in {str(folder)!r} lacks {', '.join(empty[:3])}; save the model again")
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _assign(model: nn.Module, name: str, tensor: Tensor, any_dtype: bool) -> None:
     owner_name, _, leaf = name.rpartition(".")
     try:
         owner = model.get_submodule(owner_name)
@@ -232,7 +236,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     old = owner._parameters.get(leaf, owner._buffers.get(leaf))
     if old is None:
         raise UserError(f"{WEIGHTS} holds {name!r}, which the architecture does not have")
-    if old.shape != tensor.shape or old.dtype != tensor.dtype:
+    if old.shape != tensor.shape or (old.dtype != tensor.dtype and not any_dtype):
         raise UserError(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, expected {old.dtype} {list(old.shape)}")
     if leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,19 @@ class LilliputQuantizer(HfQuantizer):
         from lilliput.artifact import read_architecture
         from lilliput.edits import replay
 
-        replay(model, read_architecture(self._folder(model))["edits"])
+        architecture = read_architecture(self._folder(model))
+        replay(model, architecture["edits"])
+        model._keys_to_ignore_on_load_missing = _patterns(model._keys_to_ignore_on_load_missing, architecture["aliases"])
+        buffers = [name for name, _ in model.named_buffers()]
+        model._keys_to_ignore_on_load_unexpected = _patterns(model._keys_to_ignore_on_load_unexpected, buffers)
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         from lilliput.artifact import assign_tensors_, read_architecture
 
         folder = self._folder(model)
-        assign_tensors_(model, folder, read_architecture(folder)["aliases"])
+        assign_tensors_(model, folder, read_architecture(folder)["aliases"], any_dtype=True)
         return model
-
-    def update_missing_keys(self, model, missing_keys, prefix=""):
-        """Tied tensors are stored once and shared afterwards; the final check is ours."""
-        return []
 
     @property
     def is_trainable(self) -> bool:
@@ -50,6 +52,10 @@ class LilliputQuantizer(HfQuantizer):
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return False
+
+
+def _patterns(known: Iterable[str] | None, names: Iterable[str]) -> set[str]:
+    return set(known or ()) | {re.escape(name) for name in names}
 
 
 def register() -> None:

@@ -39,6 +39,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 class _Packed(nn.Module):
     """Packed codes with their grid; the buffers are the same whatever executes them."""
 
+    compute_dtype = "bf16"
     codes: Tensor
     scale: Tensor
     zero: Tensor

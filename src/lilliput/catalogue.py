@@ -1,0 +1,84 @@
+"""Rows for the lists and pages of methods, papers and devices; the same rows make the tables in docs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lilliput.method import find_method, method_names
+from lilliput.paper import Evidence, find_paper, paper_names
+
+
+def method_row(name: str) -> dict[str, Any]:
+    """Facts and settings of one method."""
+    cls: Any = find_method(name)
+    facts = cls.facts
+    doc = sys.modules[cls.__module__].__doc__ or cls.__doc__ or ""
+    return {
+        "name": name,
+        "class": cls.__name__,
+        "summary": doc.strip().splitlines()[0].split("   ")[0].rstrip(),
+        "stage": facts.stage,
+        "needs": sorted(facts.needs),
+        "takes": sorted(facts.takes),
+        "gives": sorted(facts.gives),
+        "keeps": sorted(facts.keeps),
+        "data": facts.data,
+        "effect": facts.effect,
+        "settings": {
+            key: {"default": cls.defaults().get(key), "help": k.help, "low": k.low, "high": k.high, "choices": k.choices}
+            for key, k in cls.knobs().items()
+        },
+    }
+
+
+def method_rows(pattern: str = "*") -> list[dict[str, Any]]:
+    """Facts and settings of every method that matches."""
+    return [method_row(name) for name in method_names(pattern)]
+
+
+def method_page(name: str) -> str:
+    """One method as text."""
+    row = method_row(name)
+    doc = (sys.modules[find_method(name).__module__].__doc__ or "").strip()
+    lines = [f"{name} (lilliput.methods.{name.rpartition('.')[0]}.{row['class']})", "", doc, "", "settings"]
+    for key, s in row["settings"].items():
+        span = f"one of {', '.join(map(str, s['choices']))}" if s["choices"] else f"{s['low']} .. {s['high']}"
+        lines.append(f"  {key} = {s['default']}  ({span})  {s['help']}")
+    facts = ("stage", "needs", "takes", "gives", "keeps", "data", "effect")
+    shown = {k: ", ".join(row[k]) if isinstance(row[k], list) else row[k] for k in facts}
+    return "\n".join([*lines, "", "facts", *(f"  {k}: {v or '-'}" for k, v in shown.items())])
+
+
+def paper_rows(pattern: str = "*") -> list[dict[str, Any]]:
+    """What every matching paper claims."""
+    return [{"slug": slug, **vars(find_paper(slug).paper)} for slug in paper_names(pattern)]
+
+
+def evidence_text(slug: str, evidence: Evidence) -> str:
+    """Evidence as a table."""
+    lines = [f"{slug}: {'holds' if evidence.holds else 'does NOT hold'} here", f"  {evidence.figure}"]
+    for row in evidence.rows:
+        values = ", ".join(
+            f"{k} {v:.4g}" + (f" ± {row.spread[k]:.2g}" if k in row.spread else "") for k, v in row.values.items()
+        )
+        lines.append(f"  {row.name:32} {values}")
+    return "\n".join([*lines, f"  setup: {evidence.setup}", f"  limits: {evidence.limits}"])
+
+
+def device_rows() -> list[dict[str, Any]]:
+    """This machine and the devices that come with the package."""
+    from lilliput.device import Device
+
+    found = [("here", Device.here()), *((name, Device.load(name)) for name in Device.names())]
+    return [
+        {
+            "name": name,
+            "cores": d.cores,
+            "memory_bytes": d.memory_bytes,
+            "measured": d.measured,
+            "summary": f"{d.cores} cores, {d.memory_bytes / 1e9:.3g} GB, {d.bandwidth(1e12) / 1e9:.3g} GB/s, "
+            f"{d.peak('int8') / 1e9:.4g} int8 GOP/s ({'measured' if d.measured else 'modelled'})",
+        }
+        for name, d in found
+    ]

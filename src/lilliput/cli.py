@@ -1,0 +1,306 @@
+"""The command line: a thin front of the public API. Exit codes: 0 done, 1 budget or claim not met, 2 wrong call."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Fit neural networks into small machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+zoo_app = typer.Typer(help="Models and data that are known by name.", invoke_without_command=True)
+app.add_typer(zoo_app, name="zoo")
+
+DEFAULT_MODEL = "smollm2-135m"
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Entry point: user errors become one message and exit code 2."""
+    from lilliput.errors import UserError
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"lilliput: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("lilliput: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _show(data: Any, text: str, as_json: bool) -> None:
+    print(json.dumps(data, indent=1, default=str) if as_json else text)
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="Zoo name, Hugging Face directory or GGUF file.")] = DEFAULT_MODEL,
+    budget: Annotated[str, typer.Option(help="Limits, e.g. 'memory<=300MB, time_per_token<=15ms'.")] = (
+        "memory<=50%, time_per_token<=50%"
+    ),
+    time_limit: Annotated[str, typer.Option(help="For the whole fit: 10m, 90s, 1h.")] = "8m",
+    data: Annotated[Path | None, typer.Option(help="Your text: a .txt file or a folder of them.")] = None,
+    device: Annotated[str | None, typer.Option(help="Fit for another device (modelled); see `lilliput devices`.")] = None,
+    runtime: Annotated[str | None, typer.Option(help="What executes the model; default: the fastest.")] = None,
+    families: Annotated[str, typer.Option(help="Comma-separated: quantize, prune, factorize.")] = "quantize,prune",
+    sampler: Annotated[str, typer.Option(help="genecai, ascai, random, tpe or nsga2.")] = "genecai",
+    trials: Annotated[int, typer.Option(min=1, help="Searched settings per round.")] = 400,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<model>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    storage: Annotated[str | None, typer.Option(help="Database URL of the search; default SQLite in the run.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Run trials on Ray: 'local' or an address.")] = None,
+    recover: Annotated[bool, typer.Option(help="Distil the best from the original in the time left.")] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fit a model into a budget and prove it on this machine."""
+    import lilliput as lp
+    from lilliput.fitting.aim import AlreadyInside
+
+    parsed = lp.Budget(budget)
+    minutes = parse_minutes(time_limit)
+    workload = lp.Workload.from_name(model, **({"data": data} if data else {}))
+    try:
+        fitted = lp.fit(
+            workload,
+            parsed,
+            minutes=minutes,
+            device=device,
+            runtime=runtime,
+            threads=threads,
+            families=tuple(f.strip() for f in families.split(",") if f.strip()),
+            sampler=sampler,
+            trials=trials,
+            seed=seed,
+            out=out,
+            resume=resume,
+            storage=storage,
+            ray=ray,
+            recover=recover,
+            quiet=as_json,
+        )
+    except AlreadyInside as inside:
+        _show({"met": True, "message": str(inside)}, str(inside), as_json)
+        return
+    where = f"report   {fitted.folder / 'report.html'}\nartifact {fitted.folder / 'fitted'}"
+    _show(fitted.record, f"{fitted.summary()}\n{where}", as_json)
+    if not fitted.met:
+        raise typer.Exit(1)
+
+
+def parse_minutes(text: str) -> float:
+    """'10m', '90s' or '1h' in minutes."""
+    from lilliput.errors import UserError
+
+    scale = {"s": 1 / 60, "m": 1.0, "h": 60.0}.get(text[-1:])
+    try:
+        minutes = float(text[:-1]) * (scale or float("nan"))
+    except ValueError:
+        minutes = float("nan")
+    if not 0 < minutes < float("inf"):
+        raise UserError(f"the time limit is {text!r}; write it as in 10m, 90s or 1h")
+    return minutes
+
+
+@app.command()
+def measure(
+    model: Annotated[str, typer.Argument(help="Zoo name, Hugging Face directory, GGUF file or artifact.")] = DEFAULT_MODEL,
+    runtime: Annotated[str | None, typer.Option()] = None,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Every number of a model on this machine."""
+    import lilliput as lp
+
+    workload, subject = _workload_and_model(model)
+    measured = lp.measure(workload, subject, runtime=runtime, threads=threads)
+    _show(measured.to_json(), str(measured), as_json)
+
+
+def _workload_and_model(name: str):
+    """A workload, and the fitted model when the name is an artifact of a zoo workload."""
+    import lilliput as lp
+    from lilliput.artifact import ARCHITECTURE, load, read_architecture
+
+    if not (Path(name) / ARCHITECTURE).is_file():
+        return lp.Workload.from_name(name), None
+    workload = lp.Workload.from_name(read_architecture(name)["name"])
+    return workload, load(name)
+
+
+@app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(help="A plan.yaml.")],
+    model: Annotated[str, typer.Argument()] = DEFAULT_MODEL,
+    out: Annotated[Path, typer.Option(help="Folder of the artifact.")] = Path("fitted"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Apply a plan to a model and save the artifact."""
+    import lilliput as lp
+
+    steps = lp.Plan.load(plan)
+    workload = lp.Workload.from_name(model)
+    folder = lp.save(steps.apply(workload), out, workload, steps)
+    _show({"artifact": str(folder)}, f"artifact {folder}", as_json)
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="Artifact of a language model.")],
+    prompt: Annotated[str, typer.Argument()],
+    tokens: Annotated[int, typer.Option(min=1)] = 64,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Text from a fitted language model, streaming."""
+    from lilliput.serving import stream_text
+
+    pieces = []
+    for piece in stream_text(folder, prompt, tokens):
+        pieces.append(piece)
+        if not as_json:
+            print(piece, end="", flush=True)
+    _show({"prompt": prompt, "text": "".join(pieces)}, "", as_json)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="An artifact.")],
+    out: Annotated[Path, typer.Argument(help="model.onnx or model.gguf")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write an artifact as ONNX or GGUF, checked against the model in memory."""
+    from lilliput.exporting import export_artifact
+
+    facts = export_artifact(folder, out)
+    _show(facts, "\n".join(f"{k} {v}" for k, v in facts.items()), as_json)
+
+
+@app.command()
+def methods(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or with *.")] = "*",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """All methods with what they do."""
+    from lilliput.catalogue import method_rows
+
+    rows = method_rows(pattern)
+    width = max((len(r["name"]) for r in rows), default=0)
+    _show(rows, "\n".join(f"{r['name']:{width}}  {r['effect']:32}  {r['summary']}" for r in rows), as_json)
+
+
+@app.command()
+def method(name: Annotated[str, typer.Argument()], as_json: Json = False, debug: Debug = False) -> None:
+    """Settings, facts, paper and measured effect of one method."""
+    from lilliput.catalogue import method_page, method_row
+
+    _show(method_row(name), method_page(name), as_json)
+
+
+@app.command()
+def papers(pattern: Annotated[str, typer.Argument()] = "*", as_json: Json = False, debug: Debug = False) -> None:
+    """All papers with a reproduction."""
+    from lilliput.catalogue import paper_rows
+
+    rows = paper_rows(pattern)
+    width = max((len(r["slug"]) for r in rows), default=0)
+    _show(rows, "\n".join(f"{r['slug']:{width}}  {r['year']}  {r['title']}" for r in rows), as_json)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="Slug of a paper.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every paper.")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    full: Annotated[bool, typer.Option("--full", help="As long as it needs.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a paper's experiment; exit code 1 when its claim does not hold here."""
+    from lilliput.catalogue import evidence_text
+    from lilliput.errors import UserError
+    from lilliput.paper import find_paper, paper_names
+
+    if (name is None) != all_:
+        raise UserError("give the name of one paper, or --all")
+    found = {}
+    for slug in paper_names() if all_ else [str(name)]:
+        evidence = find_paper(slug).experiment(seed=seed, full=full)
+        found[slug] = evidence.to_json()
+        if not as_json:
+            print(evidence_text(slug, evidence))
+    if as_json:
+        print(json.dumps(found if all_ else found[str(name)], indent=1))
+    if not all(e["holds"] for e in found.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def devices(as_json: Json = False, debug: Debug = False) -> None:
+    """Known devices; `here` is this machine, measured."""
+    from lilliput.catalogue import device_rows
+
+    rows = device_rows()
+    _show(rows, "\n".join(f"{r['name']:18} {r['summary']}" for r in rows), as_json)
+
+
+@zoo_app.callback()
+def zoo(context: typer.Context, as_json: Json = False, debug: Debug = False) -> None:
+    """List what is known by name, with size, licence and origin."""
+    if context.invoked_subcommand is not None:
+        return
+    from lilliput.zoo import catalogue
+
+    rows = [vars(e) for e in catalogue()]
+    lines = [
+        f"{r['name']:16} {r['size_bytes'] / 1e6:7.1f} MB  {'fetched' if r['fetched'] else '-':8} {r['licence']:14} "
+        f"{r['what']}  ({r['origin']})"
+        for r in rows
+    ]
+    _show(rows, "\n".join(lines), as_json)
+
+
+@zoo_app.command("fetch")
+def zoo_fetch(names: Annotated[list[str], typer.Argument()], debug: Debug = False) -> None:
+    """Download what the named models and data need: the one command that uses the network."""
+    from lilliput.zoo import fetch
+
+    fetch(names, progress=lambda text: print(text, file=sys.stderr))
+
+
+@app.command()
+def ui(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    port: Annotated[int, typer.Option()] = 8080,
+    debug: Debug = False,
+) -> None:
+    """Live view of a run's search (optuna-dashboard)."""
+    from lilliput.errors import UserError, missing_extra
+
+    if not (run / "search.db").is_file():
+        raise UserError(f"{str(run)!r} has no search.db; give the folder of a run")
+    try:
+        from optuna_dashboard import run_server  # type: ignore[import-not-found]
+    except ImportError:
+        raise missing_extra("optuna-dashboard", "ui") from None
+    run_server(f"sqlite:///{(run / 'search.db').absolute()}", host="127.0.0.1", port=port)

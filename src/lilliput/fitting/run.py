@@ -1,0 +1,387 @@
+"""The main job. `fit` reads top to bottom: measure, aim, probe, search and build, recover, verify, hand over."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lilliput.artifact import load, save
+from lilliput.budget import Budget, format_quantity
+from lilliput.device import Device
+from lilliput.errors import UserError
+from lilliput.fitting.aim import aim
+from lilliput.fitting.build import Bench, key_of
+from lilliput.fitting.judge import Judge
+from lilliput.fitting.predict import Predictor, rank_correlation
+from lilliput.fitting.progress import Progress
+from lilliput.fitting.record import Run, fresh_folder
+from lilliput.fitting.recover import recover
+from lilliput.fitting.report.page import write_report
+from lilliput.fitting.search import search
+from lilliput.fitting.space import Genome, Space
+from lilliput.fitting.spaces import build_space, rivals
+from lilliput.fitting.verify import verify
+from lilliput.measuring import Measured, measure, pick_runtime
+from lilliput.plan import Plan
+from lilliput.workload import Workload
+
+DEFAULT_BUDGET = "memory<=50%, time_per_token<=50%"
+FAMILIES = ("quantize", "prune")
+RESERVE = 0.25  # share of the time kept for verification and the report
+
+
+@dataclass
+class Fitted:
+    """What `fit` returns: the model, the plan that makes it, and everything that was measured on the way."""
+
+    model: nn.Module
+    plan: Plan
+    workload: Workload
+    folder: Path
+    record: dict[str, Any] = field(repr=False)
+
+    @property
+    def met(self) -> bool:
+        """Whether the budget holds on the verified numbers."""
+        return not self.record["verify"]["violations"]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the artifact somewhere else too."""
+        return save(self.model, folder, self.workload, self.plan)
+
+    def summary(self) -> str:
+        """One line: what was asked, what came out, what it cost."""
+        return summary(self.record)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a fit can be told besides workload and budget."""
+
+    minutes: float = 10
+    device: str | None = None
+    runtime: str | None = None
+    threads: int | None = None
+    families: tuple[str, ...] = FAMILIES
+    sampler: str = "genecai"
+    trials: int = 400
+    seed: int = 0
+    out: Path | None = None
+    resume: bool = False
+    storage: str | None = None
+    ray: str | None = None
+    recover: bool = True
+    rivals: bool = True
+    quiet: bool = False
+
+
+def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: Any) -> Fitted:
+    """Fit `workload` into `budget` on this machine (or a modelled `device`); see `Options` for the rest.
+
+    Writes `runs/<name>/` as it goes: with `resume=True` a killed fit goes on. Raises UserError when the budget is out of
+    reach, with the distance. Ctrl-C keeps the best so far.
+    """
+    o = _options(options)
+    budget = Budget(budget) if isinstance(budget, str) else budget
+    start = time.monotonic()
+    torch.manual_seed(o.seed)
+    device = Device.load(o.device) if o.device else Device.here()
+    folder = o.out or fresh_folder(Path("runs"), workload.name)
+    run = Run(folder, _request(workload, budget, device, o), o.resume)
+    with Progress(o.minutes * 60, quiet=o.quiet) as progress:
+        job = _Job(workload, budget, device, o, run, progress, start)
+        return job.work()
+
+
+class _Job:
+    """One fit under way."""
+
+    def __init__(self, workload: Workload, budget: Budget, device: Device, o: Options, run: Run, progress, start: float):
+        self.workload, self.device, self.options, self.run = workload, device, o, run
+        self.progress, self.start = progress, start
+        self.timings: dict[str, float] = {}
+        self.trials: list[Genome] = []
+        self.asked = budget
+
+    def work(self) -> Fitted:
+        """All eight steps."""
+        self.measure_original()
+        aim(self.workload, self.budget, self.original.values, self.device, self.threads)
+        try:
+            self.probe()
+            self.search_and_build()
+        except KeyboardInterrupt:
+            self.progress.say("stopped by Ctrl-C; keeping the best so far")
+            if not self.run.candidates():
+                raise UserError("stopped before the first candidate was measured; go on with --resume") from None
+        best = self.best()
+        plan, model = self.recover(best)
+        return self.hand_over(best, plan, model)
+
+    def measure_original(self) -> None:
+        """Step 1: every number of the model as it is."""
+        self.progress.step("measuring the original")
+        self.runtime = pick_runtime(self.options.runtime, self.workload.model, self.workload)
+        self.threads = self.options.threads or torch.get_num_threads()
+
+        def compute() -> dict[str, Any]:
+            found = measure(self.workload, runtime=self.runtime, threads=self.threads, split=None)
+            return found.to_json()
+
+        self.original = Measured.from_json(self.run.step("original", compute))
+        self.judge = Judge(self.workload)
+        self.original.score = self.judge.score
+        self._timed("measure")
+
+    def probe(self) -> None:
+        """Step 3: the latency of shapes and formats, the damage of every option."""
+        self.progress.step("probing layers")
+        self.space: Space = build_space(
+            self.workload,
+            self.options.families,
+            list(self.budget.limits),
+            self.original.values,
+            self.threads,
+            self.device,
+            self.runtime,
+            self.progress.say,
+        )
+        self.predictor = Predictor(self.space)
+        self._timed("probe")
+
+    def search_and_build(self) -> None:
+        """Steps 4 and 5, in turn until the time is up: search on the predictors, build the best, correct."""
+        if self.options.rivals:
+            for name, genome in rivals(self.space).items():
+                self._build(name, genome)
+        for round_ in range(20):
+            self._learn()
+            found = self._search(round_)
+            known = {tuple(c["genome"]) for c in self.run.candidates() if c["genome"]}
+            fresh = [g for g in found if g not in known][:2]
+            if not fresh or self._left() <= 0:
+                break
+            for genome in fresh:
+                if self._left() > 0 or not self._feasible():
+                    self._build(f"joint {round_ + 1}", genome)
+        self._timed("search and build")
+
+    def _search(self, round_: int) -> list[Genome]:
+        self.progress.step("searching")
+        seconds = max(5.0, min(40.0, self._left() / 4))
+        start = [tuple(c["genome"]) for c in self._by_quality() if c["genome"]][:5]
+        found = search(
+            self.predictor,
+            self.budget,
+            sampler=self.options.sampler,
+            trials=self.options.trials,
+            seconds=seconds,
+            seed=self.options.seed + round_,
+            storage=self.options.storage or self.run.folder / "search.db",
+            name=f"round-{round_ + 1}",
+            start=start,
+            ray_address=self.options.ray,
+        )
+        self.trials += found
+        return found
+
+    def _build(self, name: str, genome: Genome) -> None:
+        plan = self.space.plan(genome)
+        if (self.run.folder / "candidates" / f"{key_of(plan)}.json").exists():
+            return
+        self.progress.step(f"building {name}")
+        number = len(self.run.candidates()) + 1
+        candidate = self.bench.candidate(number, name, plan, self.space, genome)
+        candidate["predicted"] = self.predictor.costs(genome) | {"damage": self.predictor.damage(genome)}
+        self.run.write(f"candidates/{key_of(plan)}", candidate)
+        self.progress.best(self._best_line())
+
+    def _learn(self) -> None:
+        built = [c for c in self.run.candidates() if c["genome"]]
+        self.predictor.learn([(tuple(c["genome"]), c["measured"], c["damage"]) for c in built])
+
+    def best(self) -> dict[str, Any]:
+        """The candidate that meets the budget with the least damage, else the one nearest to it."""
+        return self._by_quality()[0]
+
+    def _by_quality(self) -> list[dict[str, Any]]:
+        def key(c: dict[str, Any]) -> tuple[float, float]:
+            slack = self.budget.slack(c["measured"])
+            return sum(max(0.0, -s) for s in slack.values()), c["damage"]
+
+        return sorted(self.run.candidates(), key=key)
+
+    def _feasible(self) -> bool:
+        return any(self.budget.met(c["measured"]) for c in self.run.candidates())
+
+    def recover(self, best: dict[str, Any]) -> tuple[Plan, nn.Module]:
+        """Step 6: distil the best for the time that is left; keep it only when the validation says it is better."""
+        plan = Plan.from_yaml(best["plan"])
+        self.progress.step("recovering by distillation")
+        tried = recover(self.workload, plan, self._left() * 0.8) if self.options.recover else None
+        if tried is not None:
+            subject = tried[1]
+            if self.workload.kind != "causal_lm":
+                subject = self.runtime.prepare(tried[1], self.workload, self.threads)
+            if self.judge.judge(subject).damage < best["damage"]:
+                self._timed("recover")
+                return tried
+        self._timed("recover")
+        return plan, plan.apply(self.light)
+
+    def hand_over(self, best: dict[str, Any], plan: Plan, model: nn.Module) -> Fitted:
+        """Steps 7 and 8: verify on untouched data and in a fresh process, save, report."""
+        self.progress.step("verifying on untouched data")
+        artifact = save(model, self.run.folder / "fitted", self.workload, plan)
+        checked = verify(self.bench, model, artifact, self.budget, best["measured"])
+        self._timed("verify")
+        record = self._record(best, plan, checked, model)
+        self.run.write("record", record)
+        (self.run.folder / "plan.yaml").write_text(plan.to_yaml())
+        write_report(record, self.run.folder / "report.html")
+        return Fitted(model, plan, self.workload, self.run.folder, record)
+
+    def _record(self, best: dict[str, Any], plan: Plan, checked: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        built = self.run.candidates()
+        judged = [c for c in built if c.get("predicted")]
+        time_key = next((k for k in ("token_ms", "latency_ms") if judged and k in judged[0]["measured"]), "size_bytes")
+        pairs = [(c["predicted"].get(time_key, 0.0), c["measured"][time_key]) for c in judged]
+        damage = [(c["predicted"]["damage"], c["damage"]) for c in judged]
+        return {
+            "request": self.run.read("request"),
+            "budget": str(self.budget),
+            "limits": self.budget.limits,
+            "original": self.original.to_json(),
+            "candidates": built,
+            "chosen": best["number"],
+            "plan": plan.to_yaml(),
+            "verify": checked,
+            "front": self._front(),
+            "layers": layer_table(self.workload.model, model, self.space.labels(tuple(best["genome"])))
+            if best["genome"] and hasattr(self, "space")
+            else [],
+            "heat": heat_map(self.space, tuple(best["genome"])) if best["genome"] and hasattr(self, "space") else [],
+            "predictors": {
+                "latency_rank_correlation": rank_correlation(*zip(*pairs)) if pairs else None,
+                "damage_rank_correlation": rank_correlation(*zip(*damage)) if damage else None,
+                "built": len(judged),
+            },
+            "seconds": self.timings,
+            "runtime": self.runtime.name,
+            "threads": self.threads,
+            "modelled": list(self.bench.modelled),
+        }
+
+    def _front(self) -> list[dict[str, float]]:
+        """Predicted costs and damage of up to 400 searched genomes, for the picture."""
+        step = max(1, len(self.trials) // 400)
+        return [self.predictor.costs(g) | {"damage": self.predictor.damage(g)} for g in self.trials[::step]]
+
+    @property
+    def budget(self) -> Budget:
+        """The budget with relative limits made absolute."""
+        return self.asked.resolve(self.original.values)
+
+    @property
+    def bench(self) -> Bench:
+        modelled = () if self.device.measured else ("latency_ms", "token_ms", "first_token_ms", "energy_j")
+        return Bench(self.light, self.runtime, self.threads, self.judge, self.original.values, modelled)
+
+    @property
+    def light(self) -> Workload:
+        """The workload with at most two batches of calibration: enough for statistics, quick to run."""
+        return dataclasses.replace(self.workload, calibration=self.workload.calibration[:2])
+
+    def _left(self) -> float:
+        """Seconds left for searching and building."""
+        return self.options.minutes * 60 * (1 - RESERVE) - (time.monotonic() - self.start)
+
+    def _timed(self, name: str) -> None:
+        self.timings[name] = time.monotonic() - self.start - sum(self.timings.values())
+
+    def _best_line(self) -> str:
+        best = self.best()
+        limits = ", ".join(format_quantity(k, best["measured"][k]) for k in self.budget.limits)
+        state = "meets" if self.budget.met(best["measured"]) else "misses"
+        return f"best so far {state} the budget: {limits}, {format_quantity('drop', best['measured']['drop'])} worse"
+
+
+def layer_table(before: nn.Module, after: nn.Module, labels: dict[str, str]) -> list[dict[str, Any]]:
+    """Bytes of each top part of the model before and after, grouped by block."""
+    from lilliput.fitting.layers import bytes_by_part
+
+    return bytes_by_part(before, after, labels)
+
+
+def heat_map(space: Space, genome: Genome) -> list[dict[str, Any]]:
+    """Block, part and setting of every unit."""
+    return [
+        {"block": unit.block, "part": unit.part, "setting": unit.options[choice].label, "option": choice}
+        for unit, choice in zip(space.units, genome)
+    ]
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The request and the answer in one line."""
+    v, original = record["verify"], record["original"]["values"]
+    parts = [
+        f"{key.rsplit('_', 1)[0].replace('_', ' ')} {format_quantity(key, original[key])} -> "
+        f"{format_quantity(key, v['measured'][key])}"
+        for key in record["limits"]
+        if key in original
+    ]
+    score = f"{v['score_before']['name']} {v['score_before']['value']:.4g} -> {v['score_after']['value']:.4g}"
+    state = "met" if not v["violations"] else "NOT met: " + "; ".join(v["violations"])
+    note = " (times modelled)" if record["modelled"] else ""
+    return f"{record['request']['workload']} into {record['request']['budget']}: {state}. {', '.join([*parts, score])}{note}"
+
+
+def _options(options: dict[str, Any]) -> Options:
+    known = {f.name for f in dataclasses.fields(Options)}
+    unknown = set(options) - known
+    if unknown:
+        raise UserError(f"fit has no option {', '.join(sorted(unknown))}; it has: {', '.join(sorted(known))}")
+    o = Options(**options)
+    if not o.minutes > 0:
+        raise UserError(f"minutes is {o.minutes!r}; give a time above zero")
+    return dataclasses.replace(o, families=tuple(o.families), out=Path(o.out) if o.out else None)
+
+
+def _request(workload: Workload, budget: Budget, device: Device, o: Options) -> dict[str, Any]:
+    return {
+        "workload": workload.name,
+        "budget": str(budget),
+        "device": device.name,
+        "families": list(o.families),
+        "sampler": o.sampler,
+        "minutes": o.minutes,
+        "seed": o.seed,
+        "command": shlex.join(["lilliput", *sys.argv[1:]]) if "lilliput" in sys.argv[0] else "lilliput.fit(...)",
+    }
+
+
+def reopen(folder: Path, workload: Workload) -> Fitted:
+    """The result of a finished run, from its folder."""
+    run = Run(folder, {}, resume=True)
+    record = run.read("record")
+    if record is None:
+        raise UserError(f"the run in {str(folder)!r} is not finished; go on with --resume")
+    return Fitted(load(folder / "fitted"), Plan.from_yaml(record["plan"]), workload, folder, record)
+
+
+def choices(families: Sequence[str]) -> tuple[str, ...]:
+    """Checked family names."""
+    known = ("quantize", "prune", "factorize")
+    wrong = [f for f in families if f not in known]
+    if wrong or not families:
+        raise UserError(f"families holds {wrong or 'nothing'}; choose from {', '.join(known)}")
+    return tuple(families)

@@ -1,0 +1,112 @@
+"""The search space of a fit: units (layers that share a decision), the options of each, and what a choice would cost.
+
+A genome is one option index per unit, in the order of `Space.units`. Every unit's option 0 leaves its layers alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lilliput.method import STAGES, Method
+from lilliput.plan import Plan, Step
+
+Genome = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that can be done to a unit: a method with its settings, or nothing."""
+
+    label: str
+    method: Method | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that take the same option. `part` is the column of the report's heat map, `block` its row."""
+
+    name: str
+    targets: tuple[str, ...]
+    options: tuple[Option, ...]
+    block: int | None = None
+    part: str = ""
+
+
+@dataclass
+class Space(ABC):
+    """Units with the damage of each option (increase of the loss, nats), and a model of the costs."""
+
+    units: list[Unit]
+    damage: list[np.ndarray] = field(default_factory=list)  # per unit, one number per option
+    uniform_labels: tuple[str, ...] = ()  # options that a joint search must beat when given to every unit
+
+    @abstractmethod
+    def costs(self, genome: Genome) -> dict[str, float]:
+        """Predicted budget quantities but `drop`."""
+
+    def predicted_damage(self, genome: Genome) -> dict[str, float]:
+        """Predicted increase of the loss by method family, before correction."""
+        total: dict[str, float] = {}
+        for unit, damage, choice in zip(self.units, self.damage, genome):
+            method = unit.options[choice].method
+            if method is not None:
+                family = method.name().split(".")[0]
+                total[family] = total.get(family, 0.0) + float(damage[choice])
+        return total
+
+    def plan(self, genome: Genome) -> Plan:
+        """The genome as a legal plan, steps in the order of stages; every method stands once, with settings per layer."""
+        steps: dict[type[Method], tuple[Method, dict[str, dict[str, Any]]]] = {}
+        for unit, choice in zip(self.units, genome):
+            method = unit.options[choice].method
+            if method is not None:
+                base, layers = steps.setdefault(type(method), (method, {}))
+                layers.update({target: _difference(method, base) for target in unit.targets})
+        ordered = sorted(steps.values(), key=lambda step: STAGES.index(step[0].facts.stage))
+        return Plan([Step(method, layers) for method, layers in ordered])
+
+    def labels(self, genome: Genome) -> dict[str, str]:
+        """Unit name -> what happens to it."""
+        return {unit.name: unit.options[choice].label for unit, choice in zip(self.units, genome)}
+
+    def uniform(self, wanted: Mapping[str, str]) -> Genome:
+        """The genome that gives each unit the option whose label `wanted[part]` (or `wanted["*"]`) names, if it has it."""
+        return tuple(_index(unit, wanted.get(unit.part, wanted.get("*", ""))) for unit in self.units)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(unit.options) for unit in self.units]
+
+
+def _difference(method: Method, base: Method) -> dict[str, Any]:
+    """Settings of `method` that differ from those of `base`."""
+    fields = vars(method)
+    return {name: value for name, value in fields.items() if value != vars(base)[name]}
+
+
+def _index(unit: Unit, label: str) -> int:
+    return next((i for i, option in enumerate(unit.options) if option.label == label), 0)
+
+
+def greedy(space: Space, price: Mapping[str, float], start: Sequence[int] | None = None, rounds: int = 2) -> Genome:
+    """Coordinate descent on damage + sum(price x cost): for additive costs the exact optimum of the Lagrangian."""
+    genome = list(start or [0] * len(space.units))
+
+    def value(candidate: list[int]) -> float:
+        costs = space.costs(tuple(candidate))
+        damage = sum(float(d[c]) for d, c in zip(space.damage, candidate))
+        return damage + sum(price[k] * costs[k] for k in price)
+
+    for _ in range(rounds):
+        before = list(genome)
+        for i, size in enumerate(space.sizes):
+            values = [value([*genome[:i], option, *genome[i + 1 :]]) for option in range(size)]
+            genome[i] = int(np.argmin(values))
+        if genome == before:
+            break
+    return tuple(genome)

@@ -1,0 +1,189 @@
+"""Every number of one model on this machine: time, memory, size, energy, quality, and the distance from the roofline."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lilliput.artifact import load_example, read_architecture, save
+from lilliput.artifact import load as load_artifact
+from lilliput.budget import format_quantity
+from lilliput.device import Device
+from lilliput.errors import UserError
+from lilliput.metrics import energy, latency, memory, roofline, size
+from lilliput.runtimes import Runtime, Session, check, choose, find_runtime
+from lilliput.workload import Score, Workload
+
+NEW_TOKENS = 24
+
+
+@dataclass
+class Measured:
+    """Budget quantities in base units (`token_ms`, `memory_bytes`, ...) with their spread and how they were taken."""
+
+    runtime: str
+    threads: int
+    values: dict[str, float]
+    spread: dict[str, float] = field(default_factory=dict)  # interquartile ranges
+    notes: list[str] = field(default_factory=list)
+    score: Score | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Measured:
+        score = Score(**data["score"]) if data.get("score") else None
+        return cls(**(data | {"score": score}))
+
+    def __str__(self) -> str:
+        lines = [f"{key:>15}  {format_quantity(key, value)}" for key, value in self.values.items()]
+        if self.score:
+            lines.append(f"{'quality':>15}  {self.score}")
+        return "\n".join([*lines, f"runtime {self.runtime}, {self.threads} threads", *self.notes])
+
+
+def measure(
+    workload: Workload,
+    model: nn.Module | None = None,
+    *,
+    runtime: Runtime | str | None = None,
+    threads: int | None = None,
+    fresh_memory: bool = True,
+    split: str | None = "validation",
+) -> Measured:
+    """Measure `model` (default: the workload's own) on the workload's example input and one data split.
+
+    `fresh_memory` runs the model once more in a new process to see its peak; otherwise memory is the weights alone.
+    """
+    model = (workload.model if model is None else model).eval()
+    runtime = pick_runtime(runtime, model, workload)
+    threads = threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    session = runtime.prepare(model, workload, threads)
+    check(session, model, workload, tolerance=0.05 if workload.kind == "causal_lm" else None)
+    result = Measured(runtime.name, threads, {})
+    load = latency.wait_until_quiet()
+    if load > latency.QUIET:
+        result.notes.append(f"other processes kept {load:.1f} cores busy: times are unreliable")
+    measure_speed(workload, session, result)
+    _measure_memory(workload, model, runtime.name, threads, fresh_memory, result)
+    _measure_energy(workload, model, session, result)
+    if split is not None:
+        scorer = session if workload.kind == "classifier" else model
+        result.score = workload.score(scorer, split)
+    return result
+
+
+def pick_runtime(runtime: Runtime | str | None, model: nn.Module, workload: Workload) -> Runtime:
+    """The named runtime, or the fastest that takes the model. Raises UserError with the reasons of a refusal."""
+    if runtime is None:
+        return choose(model, workload)
+    runtime = find_runtime(runtime) if isinstance(runtime, str) else runtime
+    reasons = runtime.supports(model, workload)
+    if reasons:
+        raise UserError(f"runtime {runtime.name} cannot take this model: {'; '.join(reasons)}")
+    return runtime
+
+
+def measure_speed(workload: Workload, session: Session, result: Measured, quick: bool = False) -> None:
+    """Fill in the times: of the example's forward pass, or to the first token and per token."""
+    if workload.kind != "causal_lm":
+        seconds = 0.2 if quick else 1.0
+        taken = latency.measure(lambda: session(workload.example), min_seconds=seconds)
+        result.values["latency_ms"], result.spread["latency_ms"] = taken.median_ms, taken.iqr_ms
+        return
+    ids = workload.example["input_ids"]
+    generate: Any = session.generate if hasattr(session, "generate") else _rerun(session)  # type: ignore[attr-defined]
+    repeats = 3 if quick else 5
+    taken = latency.measure_generation(lambda: generate(ids, NEW_TOKENS), tokens=NEW_TOKENS, repeats=repeats)
+    result.values |= {"first_token_ms": taken.first_token_ms, "token_ms": taken.token_ms}
+    result.spread |= {"first_token_ms": taken.first_token_iqr_ms, "token_ms": taken.token_iqr_ms}
+
+
+def _rerun(session: Session):
+    """Greedy tokens from a session without a cache: the whole text again for each."""
+
+    def generate(ids, tokens):
+        for _ in range(tokens):
+            token = session({"input_ids": ids})[0, -1].argmax()
+            ids = torch.cat([ids, token.view(1, 1)], 1)
+            yield int(token)
+
+    return generate
+
+
+def _measure_memory(workload, model, runtime: str, threads: int, fresh: bool, result: Measured) -> None:
+    if not (fresh and workload.source):
+        result.values["memory_bytes"] = float(memory.weight_bytes(model))
+        result.values["size_bytes"] = float(size.state_bytes(model.state_dict()))
+        result.notes.append("memory is the weights alone: the model was not run in a fresh process")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = save(model, Path(folder) / "model", workload)
+        result.values["memory_bytes"] = float(fresh_process_memory(path, runtime, threads))
+        result.values["size_bytes"] = float(artifact_bytes(path))
+
+
+def artifact_bytes(path: Path) -> int:
+    """Bytes of an artifact's weights and architecture (the tokenizer, equal before and after, is left out)."""
+    return sum((path / name).stat().st_size for name in ("model.safetensors", "architecture.json"))
+
+
+def fresh_process_memory(path: Path, runtime: str, threads: int) -> int:
+    """Peak bytes of a new process that loads the artifact and runs its example, less what the imports take."""
+    kind = read_architecture(path)["kind"]
+    imports = "import sys, torch, lilliput.measuring, lilliput.runtimes.openvino"
+    if kind == "causal_lm":
+        imports += ", transformers.models.llama.modeling_llama"
+    code = "lilliput.measuring.run_artifact(sys.argv[1], sys.argv[2], int(sys.argv[3]))"
+    return memory.peak_memory_bytes(code, [str(path), runtime, str(threads)], imports=imports)
+
+
+def run_artifact(path: str, runtime: str, threads: int) -> None:
+    """Load an artifact and run its example once: for decoders a prompt and eight tokens."""
+    torch.set_num_threads(threads)
+    model, example = load_artifact(path), load_example(path)
+    workload = bare_workload(model, example, read_architecture(path)["kind"])
+    session = find_runtime(runtime).prepare(model, workload, threads)
+    if hasattr(session, "generate"):
+        list(islice(session.generate(example["input_ids"], 8), 8))  # type: ignore[attr-defined]
+    else:
+        session(example)
+
+
+def bare_workload(model: nn.Module, example: dict, kind: str) -> Workload:
+    """A workload whose every split is the example: enough to run a model, not to judge it."""
+    make = {"causal_lm": Workload.causal_lm, "classifier": Workload.classifier}.get(kind)
+    if make is None:
+        raise UserError(f"an artifact of kind {kind!r} cannot be run without its own Workload class")
+    return make(model, [example], [example], [example], example=example)
+
+
+def _measure_energy(workload: Workload, model: nn.Module, session: Any, result: Measured) -> None:
+    """Energy of one token or one forward pass, and the share of the roofline that was reached."""
+    device = Device.here()
+    if workload.kind == "causal_lm":
+        ids = workload.example["input_ids"]
+        costs = roofline.layer_costs(model, input_ids=ids[:, :1], use_cache=False)
+        taken_ms, run, times = result.values["token_ms"], lambda: list(session.generate(ids, NEW_TOKENS)), NEW_TOKENS
+    else:
+        costs = roofline.layer_costs(model, *workload.example.values())
+        taken_ms, run, times = result.values["latency_ms"], lambda: session(workload.example), 1
+    reached = roofline.distance(costs, device, taken_ms, result.threads)
+    result.notes.append(
+        f"roofline: {reached.limit_ms:.3g} ms ({reached.level}), {reached.share_reached:.0%} of the limit reached"
+    )
+    moved, ops = sum(c.weight_bytes + c.activation_bytes for c in costs), sum(c.ops for c in costs)
+    if energy.Rapl().readable:
+        result.values["energy_j"] = energy.measure(run, device, moved, ops, min_runs=3).joules / times
+        result.notes.append("energy is measured by RAPL")
+    else:
+        result.values["energy_j"] = energy.model(device, taken_ms / 1e3, moved, ops).joules
+        result.notes.append("energy is modelled")

@@ -1,0 +1,5 @@
+"""Learn from a teacher."""
+
+from lilliput.methods import family_getattr
+
+__getattr__ = family_getattr(__name__, __path__)

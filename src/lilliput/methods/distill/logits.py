@@ -1,0 +1,149 @@
+"""Learn from the original model's answers.   L = (1 - h) T^2 KL(softmax(t / T) || softmax(s / T)) + h L_hard
+
+Paper: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531). The teacher t
+is the workload's model, the student s the model that is given; T^2 keeps the gradient's size the same for every T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilliput.errors import UserError
+from lilliput.method import BLOCK_COUNT, LAYER_SHAPES, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
+from lilliput.training import train
+from lilliput.workload import Batch, Workload
+
+
+@dataclass(frozen=True)
+class Logits(Method):
+    """Train a compressed model to give the same distribution over classes or tokens as the original.
+
+    Only float parameters that require a gradient move; of packed layers these are the biases, and the norms around
+    them. `hard` above 0 mixes in the workload's own loss, which needs labels for a classifier.
+    """
+
+    temperature: float = knob(2.0, low=0.1, high=20.0, log=True, help="softens both distributions")
+    hard: float = knob(0.0, low=0.0, high=1.0, help="weight of the workload's own loss; needs labels above 0")
+    lr: float = knob(1e-3, low=1e-6, high=0.1, log=True, help="highest learning rate of AdamW")
+    steps: int = knob(200, low=0, high=1_000_000, help="updates of the weights")
+    seconds: float = knob(0.0, low=0.0, help="stop after this long, whatever the steps; 0 sets no limit")
+    seed: int = knob(0, low=0, help="order of the data")
+    facts: ClassVar = Facts(
+        stage="distill",
+        keeps={OUTPUT_SHAPE, LAYER_SHAPES, BLOCK_COUNT},
+        data=UNLABELLED,
+        effect="wins back quality, same speed and size",
+    )
+
+    def targets(self, model: nn.Module) -> Iterator[str]:
+        yield from trainable_modules(model)
+
+    def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
+        work = needs_workload(workload, self.name())
+
+        def loss_fn(student: nn.Module, batch: Batch) -> Tensor:
+            logits, taught = work.forward(student, batch), teacher_logits(work, batch)
+            soft = distillation_loss(logits, taught, self.temperature)
+            return soft if self.hard == 0 else (1 - self.hard) * soft + self.hard * hard_loss(work, logits, batch)
+
+        with only(model, layers), evaluating(work.model):
+            self.fit(model, work, loss_fn)
+        return model
+
+    def fit(self, model: nn.Module, work: Workload, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:
+        """Train `model` on the workload's training batches, or on its calibration batches when it has none."""
+        limit = self.seconds or None
+        train(model, batches_of(work), loss_fn, steps=self.steps, seconds=limit, lr=self.lr, clip_norm=1.0,
+              seed=self.seed)  # fmt: skip
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student) of softened logits (..., C), the mean over all leading dimensions, in nats."""
+    if student.shape != teacher.shape:
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise UserError(f"student and teacher give logits of the shapes {shapes}; they must answer the same question")
+    s = F.log_softmax(student.float() / temperature, -1).flatten(0, -2)
+    t = F.log_softmax(teacher.float() / temperature, -1).flatten(0, -2)
+    return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
+
+
+# --- shared by the methods of this family ----------------------------------------------------------------------
+
+
+def trainable_modules(model: nn.Module) -> Iterator[str]:
+    """Names of the modules that own float parameters which require a gradient; the model itself is called by its own
+    name only when it owns some."""
+    for name, module in model.named_modules():
+        own = module.parameters(recurse=False)
+        if any(p.requires_grad and p.is_floating_point() for p in own):
+            yield name
+
+
+@contextmanager
+def only(model: nn.Module, names: Mapping[str, object]) -> Iterator[None]:
+    """Within the block, only the parameters that the named modules own require a gradient."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    chosen = {p for name in names for p in model.get_submodule(name).parameters(recurse=False)}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(before[parameter] and parameter in chosen)
+        yield
+    finally:
+        for parameter, needed in before.items():
+            parameter.requires_grad_(needed)
+            parameter.grad = None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in eval mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def needs_workload(workload: Workload | None, name: str) -> Workload:
+    if workload is None:
+        raise UserError(f"{name} learns from the workload's model and data; call apply(model, workload)")
+    return workload
+
+
+def batches_of(work: Workload) -> Sequence[Batch]:
+    """Training batches, or the calibration batches of a workload without any."""
+    found = work.calibration if work.training is None else work.training
+    return found if isinstance(found, Sequence) else list(found)
+
+
+@torch.no_grad()
+def teacher_logits(work: Workload, batch: Batch) -> Tensor:
+    return work.forward(work.model, batch)
+
+
+def hard_loss(work: Workload, logits: Tensor, batch: Batch) -> Tensor:
+    """The workload's own loss of logits that are already there. Raises UserError for a classifier without labels."""
+    try:
+        return work.loss(_Answer(logits), batch)
+    except KeyError as error:
+        raise UserError(f"hard is above 0, but a batch has no {error}; set hard=0 or give labelled data") from None
+
+
+class _Answer(nn.Module):
+    """A model that gives the same logits whatever it is asked: saves a second pass through the student."""
+
+    def __init__(self, logits: Tensor):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, *inputs, **named) -> Tensor:
+        return self.logits

@@ -1,0 +1,130 @@
+"""Depth: remove whole transformer blocks, those that change the residual stream least first.
+
+Paper: ShortGPT: Layers in Large Language Models are More Redundant Than You Expect (Men et al., 2024, arXiv 2403.03853)
+
+    influence_i = 1 - E[ cos(x_i, x_{i+1}) ]        (x_i enters block i, the mean is over tokens)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilliput.anatomy import Anatomy, anatomy, needs_blocks
+from lilliput.errors import UserError
+from lilliput.method import FLOAT_WEIGHTS, LAYER_SHAPES, OUTPUT_SHAPE, PACKED_WEIGHTS, UNLABELLED, Facts, Method, knob
+from lilliput.methods.prune._surgery import need_data
+from lilliput.methods.quantize._moments import evaluating
+from lilliput.workload import Workload
+
+
+def influence(before: Tensor, after: Tensor) -> Tensor:
+    """(..., dim) block inputs and outputs -> scalar, 1 - the mean cosine; 0 for a block that does nothing."""
+    return 1 - F.cosine_similarity(before.float(), after.float(), dim=-1).mean()
+
+
+def block_influences(model: nn.Module, workload: Workload) -> dict[str, float]:
+    """Block name -> its influence on the residual stream, averaged over the calibration batches."""
+    names = [b.name for b in anatomy(model).blocks]
+    sums = dict.fromkeys(names, 0.0)
+
+    def hook(name: str):
+        def see(_: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            sums[name] += float(influence(before, out[0] if isinstance(out, tuple) else out))
+
+        return see
+
+    handles = [model.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True) for n in names]
+    try:
+        with torch.no_grad(), evaluating(model):
+            for batch in workload.calibration:
+                workload.forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / len(workload.calibration) for name, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class Depth(Method):
+    """Remove whole blocks: the `blocks` of least influence, or exactly those that `layers` names."""
+
+    blocks: int = knob(1, low=0, high=256, help="how many blocks to remove; unused when layers names them")
+
+    facts: ClassVar[Facts] = Facts(
+        stage="prune",
+        keeps={FLOAT_WEIGHTS, PACKED_WEIGHTS, OUTPUT_SHAPE, LAYER_SHAPES},
+        data=UNLABELLED,
+        effect="faster, smaller, smaller KV-cache",
+    )
+
+    def targets(self, model: nn.Module) -> Iterator[str]:
+        """Names of the blocks. Raises UserError for a model without transformer blocks."""
+        yield from (b.name for b in needs_blocks(model, self.name()).blocks)
+
+    def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
+        found = needs_blocks(model, self.name())
+        names = [b.name for b in found.blocks]
+        doomed = list(layers) if len(layers) < len(names) else self._weakest(model, workload, names, layers)
+        drop_blocks_(model, found, doomed)
+        return model
+
+    def _weakest(
+        self, model: nn.Module, workload: Workload | None, names: list[str], layers: Mapping[str, Self]
+    ) -> list[str]:
+        count = next(iter(layers.values())).blocks
+        if count >= len(names):
+            raise UserError(f"blocks is {count}, but the model has {len(names)}; give at most {len(names) - 1}")
+        if count == 0:
+            return []
+        data = need_data(workload, self.name(), f"name the blocks: layers=[{names[0]!r}]")
+        scores = block_influences(model, data)
+        return sorted(names, key=lambda name: scores[name])[:count]
+
+
+def drop_blocks_(model: nn.Module, found: Anatomy, doomed: list[str]) -> None:
+    """Remove the named blocks and renumber the rest: their `layer_idx`, and counts and lists per layer in the configs.
+
+    A block of an nn.Sequential becomes an nn.Identity, which is the same and keeps the other names.
+    """
+    blocks = model.get_submodule(found.block_list)
+    before = len(blocks)  # pyright: ignore
+    stays = [b for b in found.blocks if b.name not in doomed]
+    if not stays:
+        raise UserError(f"all {before} blocks would go; keep at least one")
+    if isinstance(blocks, nn.Sequential):
+        for block in found.blocks:
+            if block.name in doomed:
+                blocks[block.index] = nn.Identity()
+        return
+    gone = {b.index for b in found.blocks if b.name in doomed}
+    kept = [i for i in range(before) if i not in gone]
+    survivors = [blocks[i] for i in kept]  # pyright: ignore
+    blocks._modules = {str(i): module for i, module in enumerate(survivors)}
+    for i, block in enumerate(survivors):
+        for module in block.modules():
+            if type(getattr(module, "layer_idx", None)) is int:
+                module.layer_idx = i
+    for config in _configs(model):
+        _shorten_(config, before, kept)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every configuration object the modules hold, each once."""
+    held = [vars(m)["config"] for m in model.modules() if "config" in vars(m)]
+    return list({id(config): config for config in held}.values())
+
+
+def _shorten_(config: Any, before: int, kept: list[int]) -> None:
+    if getattr(config, "num_hidden_layers", None) != before:
+        return
+    config.num_hidden_layers = len(kept)
+    for name, value in list(vars(config).items()):
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == before:
+            setattr(config, name, type(value)(value[i] for i in kept))

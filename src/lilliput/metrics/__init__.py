@@ -1,0 +1,1 @@
+"""Every number in any report: latency, memory, size, energy, quality, and the distance from the physical limit."""

@@ -1,0 +1,162 @@
+"""A lean decode path for Llama-type models in plain torch: no mask building, no cache objects, about twenty operators a
+block. It runs whatever modules stand at the projections, so formats may differ per layer.
+
+The keys and values of a token are written into preallocated tensors; one query attends by two batched products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilliput.anatomy import anatomy
+from lilliput.runtimes import Runtime, Session
+from lilliput.workload import Batch, Workload
+
+FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM")  # pre-norm blocks without extra norms or windows
+
+
+@dataclass
+class _Block:
+    """One decoder block: the modules it calls and its cache, keys and values (kv_heads, length, head_dim)."""
+
+    attention_norm: tuple[Tensor, float]
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    mlp_norm: tuple[Tensor, float]
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+    kv_heads: int
+    keys: Tensor
+    values: Tensor
+
+
+class LeanSession(Session):
+    """A prepared decoder. `session(batch)` gives logits (B, T, V); `generate` yields greedy tokens one by one."""
+
+    def __init__(self, model: nn.Module, max_length: int):
+        parts: Any = model
+        plan = anatomy(model)
+        inner = parts.model
+        self.max_length = max_length
+        self.embedding, self.head = inner.embed_tokens, parts.lm_head
+        self.norm = _norm(inner.norm)
+        self.blocks = [self._block(model, block) for block in plan.blocks]
+        self.head_dim = plan.blocks[0].attention.head_dim  # type: ignore[union-attr]
+        self.scaling = self.head_dim**-0.5
+        positions = torch.arange(max_length).unsqueeze(0)
+        cos, sin = inner.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
+        half = self.head_dim // 2
+        sign = torch.cat([-torch.ones(half), torch.ones(half)])
+        self.cos, self.signed_sin = cos[0].unsqueeze(1), (sin[0] * sign).unsqueeze(1)  # (length, 1, head_dim)
+
+    def _block(self, model: nn.Module, block) -> _Block:
+        layer: Any = model.get_submodule(block.name)
+        a = block.attention
+        cache = [torch.zeros(a.kv_heads, self.max_length, a.head_dim) for _ in range(2)]
+        return _Block(
+            _norm(layer.input_layernorm),
+            *(model.get_submodule(n) for n in (a.q, a.k, a.v, a.o)),
+            _norm(layer.post_attention_layernorm),
+            layer.mlp.gate_proj,
+            layer.mlp.up_proj,
+            layer.mlp.down_proj,
+            a.kv_heads,
+            *cache,
+        )
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> Tensor:
+        return torch.stack([self._logits(self._forward(row, 0)) for row in batch["input_ids"]])
+
+    @torch.inference_mode()
+    def generate(self, ids: Tensor, tokens: int) -> Iterator[int]:
+        """Greedy tokens after the prompt ids (1, T); the first one costs the whole prompt."""
+        row, position = ids[0], 0
+        for _ in range(min(tokens, self.max_length - len(row) + 1)):
+            with torch.inference_mode():
+                hidden = self._forward(row, position)
+                token = self._logits(hidden[-1:]).argmax(-1)
+            position += len(row)
+            row = token
+            yield int(token)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.head(_rms_norm(hidden, self.norm))
+
+    def _forward(self, ids: Tensor, start: int) -> Tensor:
+        """Hidden states (T, d) of tokens `ids` (T,) at positions start .. start + T - 1."""
+        if start + len(ids) > self.max_length:
+            raise ValueError(f"{start + len(ids)} tokens do not fit the cache of {self.max_length}")
+        span = slice(start, start + len(ids))
+        hidden, cos, sin = self.embedding(ids), self.cos[span], self.signed_sin[span]
+        for block in self.blocks:
+            hidden = hidden + block.o(self._attend(block, _rms_norm(hidden, block.attention_norm), cos, sin, start))
+            x = _rms_norm(hidden, block.mlp_norm)
+            hidden = hidden + block.down(F.silu(block.gate(x)) * block.up(x))
+        return hidden
+
+    def _attend(self, block: _Block, x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
+        length, dim, end = x.shape[0], self.head_dim, start + x.shape[0]
+        q = _rotate(block.q(x).view(length, -1, dim), cos, sin)
+        block.keys[:, start:end] = _rotate(block.k(x).view(length, -1, dim), cos, sin).transpose(0, 1)
+        block.values[:, start:end] = block.v(x).view(length, -1, dim).transpose(0, 1)
+        keys, values = block.keys[:, :end], block.values[:, :end]
+        if length == 1:
+            grouped = q.view(block.kv_heads, -1, dim) * self.scaling
+            weights = torch.bmm(grouped, keys.transpose(1, 2)).softmax(-1)
+            return torch.bmm(weights, values).view(1, -1)
+        q, k, v = (t.unsqueeze(0) for t in (q.transpose(0, 1), keys, values))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out[0].transpose(0, 1).reshape(length, -1)
+
+
+def _norm(module: Any) -> tuple[Tensor, float]:
+    return module.weight, module.variance_epsilon
+
+
+def _rms_norm(x: Tensor, norm: tuple[Tensor, float]) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), *norm)
+
+
+def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotary position on (T, heads, head_dim): x cos + (halves of x swapped) sin, the sign folded into sin."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
+
+
+class Lean(Runtime):
+    """Llama-type decoders, one prompt at a time, float32 activations."""
+
+    name = "lean"
+    rank = 0
+
+    def supports(self, model: nn.Module, workload: Workload | None = None) -> list[str]:
+        """Why this model cannot run here; empty when it can."""
+        if type(model).__name__ not in FAMILIES:
+            return [f"lean runs {', '.join(FAMILIES)}, this is a {type(model).__name__}"]
+        config: Any = model.config
+        reasons = []
+        if getattr(config, "hidden_act", "silu") != "silu":
+            reasons.append(f"lean runs the activation silu, this model has {config.hidden_act}")
+        if getattr(config, "use_sliding_window", False):
+            reasons.append("lean has no sliding window")
+        if any(b.attention is None or b.mlp is None for b in anatomy(model).blocks):
+            reasons.append("a block has no attention or no feed-forward part")
+        return reasons
+
+    def prepare(
+        self, model: nn.Module, workload: Workload, threads: int | None = None, max_length: int = 512
+    ) -> LeanSession:
+        """A session over the model's own modules; nothing is copied but the cache is made."""
+        if threads:
+            torch.set_num_threads(threads)
+        longest = max(b["input_ids"].shape[1] for b in (workload.example, workload.validation[0], workload.test[0]))
+        return LeanSession(model.eval(), max(max_length, longest))

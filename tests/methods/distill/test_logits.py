@@ -1,0 +1,138 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, softmax
+from torch import nn
+
+from lilliput.errors import UserError
+from lilliput.methods.distill.logits import Logits, distillation_loss, trainable_modules
+
+
+def reference(s, t, temperature):
+    """T^2 sum p (log p - log q) in float64."""
+    p, q = softmax(t / temperature, -1), log_softmax(s / temperature, -1)
+    return temperature**2 * np.mean(np.sum(p * (log_softmax(t / temperature, -1) - q), -1))
+
+
+@pytest.mark.parametrize("shape", [(4, 10), (2, 5, 7), (1, 2)])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_loss_against_float64(shape, temperature):
+    rng = np.random.default_rng(0)
+    s, t = rng.normal(size=(2, *shape)) * 5
+    found = distillation_loss(torch.tensor(s), torch.tensor(t), temperature).item()
+    assert found == pytest.approx(reference(s, t, temperature), rel=1e-4)
+
+
+def test_loss_is_zero_for_equal_answers_also_when_shifted_and_at_extremes():
+    t = torch.tensor([[1e4, -1e4, 0.0]])
+    assert distillation_loss(t, t, 1.0).item() == 0
+    assert distillation_loss(t / 1e3 + 7, t / 1e3, 2.0).item() == pytest.approx(0, abs=1e-5)
+    assert torch.isfinite(distillation_loss(-t, t, 0.1))
+
+
+def test_gradient_at_high_temperature_is_that_of_the_squared_error_of_centred_logits():
+    rng = np.random.default_rng(1)
+    s, t = (torch.tensor(rng.normal(size=(1, 6)), dtype=torch.float32) for _ in range(2))
+    s.requires_grad_()
+    distillation_loss(s, t, 300.0).backward()
+    centred = (s.detach() - s.detach().mean()) - (t - t.mean())
+    torch.testing.assert_close(s.grad, centred / 6, rtol=0.05, atol=1e-3)
+
+
+def test_different_vocabularies_are_refused():
+    with pytest.raises(UserError, match=r"\(2, 3\) and \(2, 4\)"):
+        distillation_loss(torch.zeros(2, 3), torch.zeros(2, 4), 1.0)
+
+
+# --- the method ------------------------------------------------------------------------------------------------
+
+
+def damaged(model):
+    """A copy with noise on every matrix."""
+    generator = torch.Generator().manual_seed(5)
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.add_(torch.randn(p.shape, generator=generator) * p.std())
+    return model
+
+
+def divergence(work, model):
+    """Distance of the answers from the original's on validation data."""
+    model.eval()
+    with torch.no_grad():
+        return sum(
+            float(distillation_loss(work.forward(model, b), work.forward(work.model, b), 1.0)) for b in work.validation
+        )
+
+
+@pytest.mark.parametrize("fixture", ["cnn_work", "llama_work"])
+@pytest.mark.parametrize("hard", [0.0, 0.3])
+def test_a_damaged_student_comes_closer_to_the_teacher_on_unseen_data(fixture, hard, request):
+    work = request.getfixturevalue(fixture)
+    student = damaged(work.model)
+    before = divergence(work, student)
+    taught = Logits(steps=40, lr=3e-3, hard=hard).apply(student, work)
+    assert divergence(work, taught) < 0.8 * before
+    assert divergence(work, student) == before
+
+
+def test_the_teacher_and_the_modes_stay_as_they_were(cnn_work):
+    before = copy.deepcopy(cnn_work.model.state_dict())
+    cnn_work.model.bn1.train()
+    taught = Logits(steps=3).apply(damaged(cnn_work.model), cnn_work)
+    after = cnn_work.model.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    assert cnn_work.model.bn1.training
+    assert not cnn_work.model.training
+    assert all(p.grad is None and p.requires_grad for p in taught.parameters())
+
+
+def test_only_the_chosen_layers_move(llama_work):
+    student = damaged(llama_work.model)
+    layers = ["model.layers.1.mlp", "*norm"]
+    taught = Logits(steps=2).apply(student, llama_work, layers)
+    moved = {n for n, p in taught.named_parameters() if not torch.equal(p, student.get_parameter(n))}
+    expected = {n for n, _ in student.named_parameters() if "layers.1.mlp" in n or "norm" in n}
+    assert moved == expected
+
+
+def test_frozen_and_integer_parameters_are_left_alone(cnn_work):
+    student = damaged(cnn_work.model)
+    student.conv1.weight.requires_grad_(False)
+    student.fc.codes = nn.Parameter(torch.arange(4), requires_grad=False)
+    assert "conv1" not in set(trainable_modules(student))
+    taught = Logits(steps=2).apply(student, cnn_work)
+    assert torch.equal(taught.conv1.weight, student.conv1.weight)
+    assert not taught.conv1.weight.requires_grad
+    assert torch.equal(taught.fc.codes, student.fc.codes)
+    assert not torch.equal(taught.fc.weight, student.fc.weight)
+
+
+def test_unlabelled_calibration_data_is_enough(cnn_work):
+    cnn_work.training = None
+    cnn_work.calibration = [{"input": b["input"]} for b in cnn_work.calibration]
+    student = damaged(cnn_work.model)
+    assert not torch.equal(Logits(steps=1).apply(student, cnn_work).fc.weight, student.fc.weight)
+    with pytest.raises(UserError, match="no 'label'.*hard=0"):
+        Logits(steps=1, hard=0.5).apply(student, cnn_work)
+
+
+def test_it_repeats_exactly_and_follows_the_seed(cnn_work):
+    student = damaged(cnn_work.model)
+    a, b, c = (Logits(steps=5, seed=s).apply(student, cnn_work).fc.weight for s in (0, 0, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_wrong_use(cnn_work):
+    with pytest.raises(UserError, match="temperature is 0"):
+        Logits(temperature=0)
+    with pytest.raises(UserError, match=r"call apply\(model, workload\)"):
+        Logits().apply(cnn_work.model)
+    frozen = copy.deepcopy(cnn_work.model).requires_grad_(False)
+    with pytest.raises(UserError, match="finds no layer"):
+        Logits().apply(frozen, cnn_work)
