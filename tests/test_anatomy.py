@@ -136,6 +136,16 @@ def test_own_vit_is_found_by_structure(depth):
     assert found.blocks[-1].mlp.down == f"blocks.{depth - 1}.mlp.2"
 
 
+def test_fused_projection_that_only_knows_its_number_of_heads():
+    attention = nn.Module()
+    attention.num_heads, attention.qkv, attention.proj = 3, nn.Linear(24, 72), nn.Linear(24, 24)
+    block = nn.Module()
+    block.attn = attention
+    found = anatomy(nn.Sequential(nn.Linear(4, 24), nn.Sequential(block, block))).blocks[1].attention
+    assert (found.name, found.q, found.o) == ("1.1.attn", "1.1.attn.qkv", "1.1.attn.proj")
+    assert (found.fused, found.heads, found.kv_heads, found.head_dim) == (True, 3, 3, 8)
+
+
 def test_torch_encoder_has_mlps_and_no_readable_attention():
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
     found = anatomy(model)

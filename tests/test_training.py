@@ -193,7 +193,7 @@ def test_tied_parameters_are_stored_once_and_stay_tied(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", bytes(100)])
 def test_a_damaged_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "run").write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read.*delete it"):
+    with pytest.raises(UserError, match=r"cannot be read.*delete it"):
         train(net(), pictures(), cross_entropy, steps=6, checkpoint=tmp_path / "run")
 
 

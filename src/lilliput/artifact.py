@@ -1,5 +1,5 @@
-"""A fitted model on disk: `model.safetensors`, `architecture.json` (edits), `plan.yaml`, and for Hugging Face models the
-configuration and tokenizer. Nothing is pickled; saving loads the result back and compares it to the bit."""
+"""A fitted model on disk: `model.safetensors`, `architecture.json` (edits), `plan.yaml`, and for Hugging Face models
+the configuration and tokenizer. Nothing is pickled; saving loads the result back and compares it to the bit."""
 
 from __future__ import annotations
 

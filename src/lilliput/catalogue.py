@@ -26,7 +26,13 @@ def method_row(name: str) -> dict[str, Any]:
         "data": facts.data,
         "effect": facts.effect,
         "settings": {
-            key: {"default": cls.defaults().get(key), "help": k.help, "low": k.low, "high": k.high, "choices": k.choices}
+            key: {
+                "default": cls.defaults().get(key),
+                "help": k.help,
+                "low": k.low,
+                "high": k.high,
+                "choices": k.choices,
+            }
             for key, k in cls.knobs().items()
         },
     }

@@ -54,7 +54,9 @@ def fit(
     ),
     time_limit: Annotated[str, typer.Option(help="For the whole fit: 10m, 90s, 1h.")] = "8m",
     data: Annotated[Path | None, typer.Option(help="Your text: a .txt file or a folder of them.")] = None,
-    device: Annotated[str | None, typer.Option(help="Fit for another device (modelled); see `lilliput devices`.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Fit for another device (modelled); see `lilliput devices`.")
+    ] = None,
     runtime: Annotated[str | None, typer.Option(help="What executes the model; default: the fastest.")] = None,
     families: Annotated[str, typer.Option(help="Comma-separated: quantize, prune, factorize.")] = "quantize,prune",
     sampler: Annotated[str, typer.Option(help="genecai, ascai, random, tpe or nsga2.")] = "genecai",
@@ -120,7 +122,9 @@ def parse_minutes(text: str) -> float:
 
 @app.command()
 def measure(
-    model: Annotated[str, typer.Argument(help="Zoo name, Hugging Face directory, GGUF file or artifact.")] = DEFAULT_MODEL,
+    model: Annotated[
+        str, typer.Argument(help="Zoo name, Hugging Face directory, GGUF file or artifact.")
+    ] = DEFAULT_MODEL,
     runtime: Annotated[str | None, typer.Option()] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     as_json: Json = False,

@@ -1,4 +1,4 @@
-"""Loads an artifact inside transformers: a registered quantization config whose quantizer replays the artifact's edits."""
+"""Loads an artifact inside transformers: a registered quantization config whose quantizer replays the edits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class LilliputQuantizer(HfQuantizer):
 
         architecture = read_architecture(self._folder(model))
         replay(model, architecture["edits"])
-        model._keys_to_ignore_on_load_missing = _patterns(model._keys_to_ignore_on_load_missing, architecture["aliases"])
+        model._keys_to_ignore_on_load_missing = _patterns(
+            model._keys_to_ignore_on_load_missing, architecture["aliases"]
+        )
         buffers = [name for name, _ in model.named_buffers()]
         model._keys_to_ignore_on_load_unexpected = _patterns(model._keys_to_ignore_on_load_unexpected, buffers)
         return model

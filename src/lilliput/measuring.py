@@ -1,4 +1,4 @@
-"""Every number of one model on this machine: time, memory, size, energy, quality, and the distance from the roofline."""
+"""Every number of one model on this machine: time, memory, size, energy, quality, distance from the roofline."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lilliput.artifact import load_example, read_architecture, save
 from lilliput.artifact import load as load_artifact
+from lilliput.artifact import load_example, read_architecture, save
 from lilliput.budget import format_quantity
 from lilliput.device import Device
 from lilliput.errors import UserError
@@ -168,13 +168,11 @@ def bare_workload(model: nn.Module, example: dict, kind: str) -> Workload:
 
 def _measure_energy(workload: Workload, model: nn.Module, session: Any, result: Measured) -> None:
     """Energy of one token or one forward pass, and the share of the roofline that was reached."""
-    device = Device.here()
+    device, costs = Device.here(), step_costs(workload, model)
     if workload.kind == "causal_lm":
         ids = workload.example["input_ids"]
-        costs = roofline.layer_costs(model, input_ids=ids[:, :1], use_cache=False)
         taken_ms, run, times = result.values["token_ms"], lambda: list(session.generate(ids, NEW_TOKENS)), NEW_TOKENS
     else:
-        costs = roofline.layer_costs(model, *workload.example.values())
         taken_ms, run, times = result.values["latency_ms"], lambda: session(workload.example), 1
     reached = roofline.distance(costs, device, taken_ms, result.threads)
     result.notes.append(
@@ -187,3 +185,21 @@ def _measure_energy(workload: Workload, model: nn.Module, session: Any, result: 
     else:
         result.values["energy_j"] = energy.model(device, taken_ms / 1e3, moved, ops).joules
         result.notes.append("energy is modelled")
+
+
+def step_costs(workload: Workload, model: nn.Module) -> list[roofline.LayerCost]:
+    """What one token, or one forward pass of the example, moves and computes."""
+    if workload.kind == "causal_lm":
+        return roofline.layer_costs(model, input_ids=workload.example["input_ids"][:, :1], use_cache=False)
+    return roofline.layer_costs(model, *(v for k, v in workload.example.items() if k != "label"))
+
+
+def model_times(result: Measured, workload: Workload, device: Device, threads: int) -> None:
+    """Replace times and energy by those modelled for a device that is not at hand."""
+    costs = step_costs(workload, workload.model)
+    ms, _ = roofline.limit_ms(costs, device, threads)
+    moved, ops = sum(c.weight_bytes + c.activation_bytes for c in costs), sum(c.ops for c in costs)
+    result.values |= {k: ms for k in ("token_ms", "latency_ms") if k in result.values}
+    result.values["energy_j"] = energy.model(device, ms / 1e3, moved, ops).joules
+    result.values.pop("first_token_ms", None)
+    result.notes = [f"times and energy are modelled for {device.name}", *result.notes]

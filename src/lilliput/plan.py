@@ -121,7 +121,7 @@ def _step(index: int, entry: Any) -> Step:
     try:
         method = cls().with_(**settings)
         if isinstance(layers, list):
-            layers = dict.fromkeys(layers, {})
+            layers = {name: {} for name in layers}
         if layers is not None:
             layers = {str(name): dict(changes or {}) for name, changes in layers.items()}
             for changes in layers.values():

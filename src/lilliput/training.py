@@ -148,7 +148,9 @@ class Progress(Callback):
         self.last = h.seconds
         recent = h.losses[-50:]
         left_s = h.seconds * (1 - state.done) / max(state.done, 1e-9)
-        text = f"{self.label} {state.done:4.0%}  step {h.steps}  loss {sum(recent) / len(recent):.4f}  {left_s:.0f} s left"
+        text = (
+            f"{self.label} {state.done:4.0%}  step {h.steps}  loss {sum(recent) / len(recent):.4f}  {left_s:.0f} s left"
+        )
         print(text, file=sys.stderr, flush=True)
 
 

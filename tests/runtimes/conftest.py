@@ -62,6 +62,15 @@ class Vit(nn.Module):
         return self.head(x.mean(1))
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two torch threads on a busy machine make layers this small a hundred times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def _work(model: nn.Module) -> Workload:
     generator = torch.Generator().manual_seed(3)
     splits = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +40,7 @@ class Tasks:
             try:
                 yield trial, *self._ray.get(task)
             except self._ray.exceptions.RayError as lost:
-                yield trial, None, {}, RuntimeError(f"the Ray worker was lost: {str(lost).splitlines()[0]}")
+                yield trial, None, {}, RuntimeError(f"the Ray worker was lost: {str(lost).strip().splitlines()[-1]}")
 
     def cancel(self) -> list[FrozenTrial]:
         """Stop what is running; the trials that were not finished."""
@@ -72,6 +73,7 @@ def _shipped(ray: Any, objective: Callable) -> Any:
 def tasks(address: str, workers: int, objective: Callable) -> Iterator[Tasks]:
     """Tasks on the Ray at `address`; "local" starts one of `workers` or 2 processes and stops it afterwards."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import: no telemetry
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # those of tasks we cancelled
     try:
         import ray
     except ImportError:
@@ -87,7 +89,10 @@ def tasks(address: str, workers: int, objective: Callable) -> Iterator[Tasks]:
 
 
 def _start(ray: Any, address: str, workers: int) -> None:
-    local = {"num_cpus": workers or 2, "include_dashboard": False} if address == "local" else {}
+    local: dict[str, Any] = {}
+    if address == "local":
+        same_modules = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
+        local = {"num_cpus": workers or 2, "include_dashboard": False, "runtime_env": same_modules}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **local)
     except (ConnectionError, ValueError, RuntimeError) as error:

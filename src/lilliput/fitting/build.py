@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 from torch import nn
 
 from lilliput.fitting.judge import Judge
+from lilliput.fitting.recover import recovering
 from lilliput.fitting.space import Genome, Space
 from lilliput.measuring import Measured, measure_speed
 from lilliput.metrics.memory import weight_bytes
@@ -29,9 +30,11 @@ class Bench:
     judge: Judge
     original: Mapping[str, float]
     modelled: tuple[str, ...] = ()
-    plans: dict[str, Plan] = field(default_factory=dict)
+    heal_steps: int = 0  # of distillation for a candidate whose structure changed, before it is judged
 
-    def quantities(self, model: nn.Module, space: Space | None = None, genome: Genome | None = None) -> dict[str, float]:
+    def quantities(
+        self, model: nn.Module, space: Space | None = None, genome: Genome | None = None
+    ) -> dict[str, float]:
         """Speed, memory and size of a built model.
 
         Memory is the original's fresh-process peak less the weights saved; verify measures the final one afresh.
@@ -47,8 +50,11 @@ class Bench:
             result.values |= {k: costs[k] for k in self.modelled if k in costs}
         return result.values
 
-    def candidate(self, number: int, name: str, plan: Plan, space: Space | None, genome: Genome | None) -> dict[str, Any]:
+    def candidate(
+        self, number: int, name: str, plan: Plan, space: Space | None, genome: Genome | None
+    ) -> dict[str, Any]:
         """Build, measure and score one plan; everything a record keeps of it."""
+        plan = recovering(plan, steps=self.heal_steps) or plan if self.heal_steps else plan
         model = plan.apply(self.workload)
         measured = self.quantities(model, space, genome)
         subject = model
@@ -61,6 +67,7 @@ class Bench:
             "plan": plan.to_yaml(),
             "genome": list(genome) if genome else None,
             "labels": space.labels(genome) if space and genome else {},
+            "heat": space.heat(genome) if space and genome else [],
             "measured": measured | {"drop": verdict.drop},
             "damage": verdict.damage,
             "score": vars(verdict.score),

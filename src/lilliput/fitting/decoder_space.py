@@ -176,8 +176,12 @@ def decoder_space(
     model = workload.model
     parts = anatomy(model)
     timed = any(k in budgeted for k in ("token_ms", "first_token_ms", "latency_ms"))
-    formats = {k: m for k, m in FORMATS.items() if not (timed and k in SLOW)} if "quantize" in families else {FLOAT: None}
-    space = DecoderSpace([], uniform_labels=("int8", "int4 g32"), blocks=tuple(b.name for b in parts.blocks), block_list=parts.block_list)
+    formats = (
+        {k: m for k, m in FORMATS.items() if not (timed and k in SLOW)} if "quantize" in families else {FLOAT: None}
+    )
+    space = DecoderSpace(
+        [], uniform_labels=("int8", "int4 g32"), blocks=tuple(b.name for b in parts.blocks), block_list=parts.block_list
+    )
     for block in parts.blocks:
         _add_block(space, model, block, formats, families)
     _add_head(space, model, parts, formats)

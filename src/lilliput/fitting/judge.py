@@ -45,7 +45,9 @@ class Judge:
             logits.append(out.float().log_softmax(-1))
         found = torch.cat(values)
         if not torch.isfinite(found).all():
-            raise UserError(f"{w.metric.name} is not a finite number on some {self.split} samples; check model and data")
+            raise UserError(
+                f"{w.metric.name} is not a finite number on some {self.split} samples; check model and data"
+            )
         return found, logits
 
     def judge(self, model) -> Verdict:
@@ -53,7 +55,9 @@ class Judge:
         values, logits = self._run(model)
         if logits:
             pairs = zip(self.logits, logits)
-            divergences = [F.kl_div(new, old, log_target=True, reduction="none").sum(-1).flatten() for old, new in pairs]
+            divergences = [
+                F.kl_div(new, old, log_target=True, reduction="none").sum(-1).flatten() for old, new in pairs
+            ]
             damage = float(torch.cat(divergences).mean())
         else:
             damage = float((values - self.values).mean())

@@ -49,7 +49,7 @@ class ModelledTable:
         n, k = shape
         bits = {"float32": 32.0, "int8": 8.0}.get(label, float(label[3]) + 1 if label.startswith("int") else 32.0)
         dtype = "fp32" if label == "float32" else "int8"
-        return self.device.roofline_ms(n * k * bits / 8, 2.0 * n * k, dtype, self.threads)
+        return self.device.roofline_ms(n * k * bits / 8, 2.0 * n * k, dtype, self.threads, self.device.memory_bytes)
 
 
 def latency_table(formats: dict[str, Method | None], shapes: Iterable[Shape], threads: int) -> LatencyTable:

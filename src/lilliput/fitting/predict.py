@@ -60,6 +60,18 @@ def violation(budget: Budget, costs: Mapping[str, float], margin: float = 0.0) -
     return sum(max(0.0, costs[k] / (limit * (1 - margin)) - 1) for k, limit in budget.limits.items() if k in costs)
 
 
+def nonnegative_fit(design: np.ndarray, target: np.ndarray, rounds: int = 500) -> np.ndarray:
+    """Least squares (rows, k) x = (rows,) with x >= 0 by coordinate descent on scaled columns."""
+    scale = np.maximum(np.linalg.norm(design, axis=0), 1e-12)
+    columns = design / scale
+    gram, wanted = columns.T @ columns + 1e-6 * np.eye(design.shape[1]), columns.T @ target
+    x = np.zeros(design.shape[1])
+    for _ in range(rounds):
+        for i in range(len(x)):
+            x[i] = max(0.0, x[i] + (wanted[i] - gram[i] @ x) / gram[i, i])
+    return x / scale
+
+
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Spearman's rank correlation; None with fewer than three pairs or without any variation."""
     if len(a) < 3:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from torch import nn
 
 from lilliput.method import STAGES
@@ -12,19 +10,18 @@ from lilliput.plan import Plan, Step
 from lilliput.workload import Workload
 
 
-def recovering(plan: Plan, seconds: float) -> Plan | None:
-    """The plan with a distillation step before quantization; None when nothing structural was changed or no time is left."""
+def recovering(plan: Plan, **limits: float) -> Plan | None:
+    """The plan with distillation (`steps` or `seconds`) before quantization; None when nothing structural was changed."""
     quantize = STAGES.index("quantize")
-    before = [s for s in plan.steps if STAGES.index(s.method.facts.stage) < quantize]
-    after = [s for s in plan.steps if s not in before]
-    if not before or seconds < 5:
-        return None
-    return Plan([*before, Step(Logits(seconds=seconds)), *after])
+    steps = [s for s in plan.steps if not isinstance(s.method, Logits)]
+    before = [s for s in steps if STAGES.index(s.method.facts.stage) < quantize]
+    after = [s for s in steps if s not in before]
+    return Plan([*before, Step(Logits(**limits)), *after]) if before else None
 
 
 def recover(workload: Workload, plan: Plan, seconds: float) -> tuple[Plan, nn.Module] | None:
-    """Build the plan with recovery for at most `seconds`; None when there is nothing to recover or no training data."""
-    longer = recovering(plan, seconds)
+    """Build the plan with recovery for `seconds`; None when there is nothing to recover, no data or no time."""
+    longer = recovering(plan, steps=1_000_000, seconds=seconds) if seconds >= 5 else None
     if longer is None or workload.training is None:
         return None
-    return longer, longer.apply(dataclasses.replace(workload))
+    return longer, longer.apply(workload)

@@ -6,7 +6,6 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from lilliput.errors import UserError
 from lilliput.fitting.aim import aim
 from lilliput.fitting.build import Bench, key_of
 from lilliput.fitting.judge import Judge
+from lilliput.fitting.layers import bytes_by_part
 from lilliput.fitting.predict import Predictor, rank_correlation
 from lilliput.fitting.progress import Progress
 from lilliput.fitting.record import Run, fresh_folder
@@ -30,12 +30,14 @@ from lilliput.fitting.search import search
 from lilliput.fitting.space import Genome, Space
 from lilliput.fitting.spaces import build_space, rivals
 from lilliput.fitting.verify import verify
-from lilliput.measuring import Measured, measure, pick_runtime
+from lilliput.measuring import Measured, measure, model_times, pick_runtime
 from lilliput.plan import Plan
 from lilliput.workload import Workload
 
 DEFAULT_BUDGET = "memory<=50%, time_per_token<=50%"
 FAMILIES = ("quantize", "prune")
+KNOWN_FAMILIES = ("quantize", "prune", "factorize")
+HEAL_STEPS = 60  # of distillation before a feed-forward candidate is judged: without, pruning never pays
 RESERVE = 0.25  # share of the time kept for verification and the report
 
 
@@ -87,8 +89,8 @@ class Options:
 def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: Any) -> Fitted:
     """Fit `workload` into `budget` on this machine (or a modelled `device`); see `Options` for the rest.
 
-    Writes `runs/<name>/` as it goes: with `resume=True` a killed fit goes on. Raises UserError when the budget is out of
-    reach, with the distance. Ctrl-C keeps the best so far.
+    Writes `runs/<name>/` as it goes: with `resume=True` a killed fit goes on. Raises UserError when the budget is out
+    of reach, with the distance. Ctrl-C keeps the best so far.
     """
     o = _options(options)
     budget = Budget(budget) if isinstance(budget, str) else budget
@@ -105,7 +107,9 @@ def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: An
 class _Job:
     """One fit under way."""
 
-    def __init__(self, workload: Workload, budget: Budget, device: Device, o: Options, run: Run, progress, start: float):
+    def __init__(
+        self, workload: Workload, budget: Budget, device: Device, o: Options, run: Run, progress, start: float
+    ):
         self.workload, self.device, self.options, self.run = workload, device, o, run
         self.progress, self.start = progress, start
         self.timings: dict[str, float] = {}
@@ -135,6 +139,8 @@ class _Job:
 
         def compute() -> dict[str, Any]:
             found = measure(self.workload, runtime=self.runtime, threads=self.threads, split=None)
+            if not self.device.measured:
+                model_times(found, self.workload, self.device, self.threads)
             return found.to_json()
 
         self.original = Measured.from_json(self.run.step("original", compute))
@@ -196,7 +202,7 @@ class _Job:
 
     def _build(self, name: str, genome: Genome) -> None:
         plan = self.space.plan(genome)
-        if (self.run.folder / "candidates" / f"{key_of(plan)}.json").exists():
+        if any(c["genome"] == list(genome) for c in self.run.candidates()):
             return
         self.progress.step(f"building {name}")
         number = len(self.run.candidates()) + 1
@@ -266,10 +272,8 @@ class _Job:
             "plan": plan.to_yaml(),
             "verify": checked,
             "front": self._front(),
-            "layers": layer_table(self.workload.model, model, self.space.labels(tuple(best["genome"])))
-            if best["genome"] and hasattr(self, "space")
-            else [],
-            "heat": heat_map(self.space, tuple(best["genome"])) if best["genome"] and hasattr(self, "space") else [],
+            "layers": bytes_by_part(self.workload.model, model, best["labels"]),
+            "heat": best["heat"],
             "predictors": {
                 "latency_rank_correlation": rank_correlation(*zip(*pairs)) if pairs else None,
                 "damage_rank_correlation": rank_correlation(*zip(*damage)) if damage else None,
@@ -294,7 +298,8 @@ class _Job:
     @property
     def bench(self) -> Bench:
         modelled = () if self.device.measured else ("latency_ms", "token_ms", "first_token_ms", "energy_j")
-        return Bench(self.light, self.runtime, self.threads, self.judge, self.original.values, modelled)
+        heal = HEAL_STEPS if self.workload.kind != "causal_lm" and self.workload.training is not None else 0
+        return Bench(self.light, self.runtime, self.threads, self.judge, self.original.values, modelled, heal)
 
     @property
     def light(self) -> Workload:
@@ -315,21 +320,6 @@ class _Job:
         return f"best so far {state} the budget: {limits}, {format_quantity('drop', best['measured']['drop'])} worse"
 
 
-def layer_table(before: nn.Module, after: nn.Module, labels: dict[str, str]) -> list[dict[str, Any]]:
-    """Bytes of each top part of the model before and after, grouped by block."""
-    from lilliput.fitting.layers import bytes_by_part
-
-    return bytes_by_part(before, after, labels)
-
-
-def heat_map(space: Space, genome: Genome) -> list[dict[str, Any]]:
-    """Block, part and setting of every unit."""
-    return [
-        {"block": unit.block, "part": unit.part, "setting": unit.options[choice].label, "option": choice}
-        for unit, choice in zip(space.units, genome)
-    ]
-
-
 def summary(record: dict[str, Any]) -> str:
     """The request and the answer in one line."""
     v, original = record["verify"], record["original"]["values"]
@@ -342,7 +332,8 @@ def summary(record: dict[str, Any]) -> str:
     score = f"{v['score_before']['name']} {v['score_before']['value']:.4g} -> {v['score_after']['value']:.4g}"
     state = "met" if not v["violations"] else "NOT met: " + "; ".join(v["violations"])
     note = " (times modelled)" if record["modelled"] else ""
-    return f"{record['request']['workload']} into {record['request']['budget']}: {state}. {', '.join([*parts, score])}{note}"
+    asked = f"{record['request']['workload']} into {record['request']['budget']}"
+    return f"{asked}: {state}. {', '.join([*parts, score])}{note}"
 
 
 def _options(options: dict[str, Any]) -> Options:
@@ -353,6 +344,9 @@ def _options(options: dict[str, Any]) -> Options:
     o = Options(**options)
     if not o.minutes > 0:
         raise UserError(f"minutes is {o.minutes!r}; give a time above zero")
+    wrong = [f for f in o.families if f not in KNOWN_FAMILIES]
+    if wrong or not o.families:
+        raise UserError(f"families is {', '.join(o.families) or 'empty'!r}; choose from {', '.join(KNOWN_FAMILIES)}")
     return dataclasses.replace(o, families=tuple(o.families), out=Path(o.out) if o.out else None)
 
 
@@ -376,12 +370,3 @@ def reopen(folder: Path, workload: Workload) -> Fitted:
     if record is None:
         raise UserError(f"the run in {str(folder)!r} is not finished; go on with --resume")
     return Fitted(load(folder / "fitted"), Plan.from_yaml(record["plan"]), workload, folder, record)
-
-
-def choices(families: Sequence[str]) -> tuple[str, ...]:
-    """Checked family names."""
-    known = ("quantize", "prune", "factorize")
-    wrong = [f for f in families if f not in known]
-    if wrong or not families:
-        raise UserError(f"families holds {wrong or 'nothing'}; choose from {', '.join(known)}")
-    return tuple(families)

@@ -75,7 +75,7 @@ def ranked(predictor: Predictor, budget: Budget, margin: float, genomes: list[Ge
 
 
 def lagrangian_seeds(predictor: Predictor, budget: Budget, margin: float, steps: int = 9) -> list[Genome]:
-    """Optima of damage + price x cost: the cheapest price that meets the budget, found by bisection, and its way there."""
+    """Optima of damage + price x cost, on the way of a bisection to the lowest price that meets the budget."""
     space = predictor.space
     base = predictor.costs((0,) * len(space.units))
     limits = {k: v for k, v in budget.limits.items() if k in base}

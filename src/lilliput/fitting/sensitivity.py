@@ -1,8 +1,8 @@
 """How much each option would damage the model, without building it: the change of a layer's output, weighed by what the
 loss says of that output.
 
-For a target module f with inputs x_t and loss gradient g_t at its output, the second-order expectation of the increase of
-the loss when f becomes f' is  1/2 mean_t sum_j g_tj^2 (f'(x_t) - f(x_t))_j^2  (diagonal empirical Fisher).
+For a target module f with inputs x_t and loss gradient g_t at its output, the second-order expectation of the increase
+of the loss when f becomes f' is  1/2 mean_t sum_j g_tj^2 (f'(x_t) - f(x_t))_j^2  (diagonal empirical Fisher).
 """
 
 from __future__ import annotations

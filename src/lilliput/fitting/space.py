@@ -60,7 +60,7 @@ class Space(ABC):
         return total
 
     def plan(self, genome: Genome) -> Plan:
-        """The genome as a legal plan, steps in the order of stages; every method stands once, with settings per layer."""
+        """The genome as a legal plan in the order of stages; every method stands once, with settings per layer."""
         steps: dict[type[Method], tuple[Method, dict[str, dict[str, Any]]]] = {}
         for unit, choice in zip(self.units, genome):
             method = unit.options[choice].method
@@ -74,8 +74,16 @@ class Space(ABC):
         """Unit name -> what happens to it."""
         return {unit.name: unit.options[choice].label for unit, choice in zip(self.units, genome)}
 
+    def heat(self, genome: Genome) -> list[dict[str, Any]]:
+        """Block, part and setting of every unit, for the report's map."""
+        return [
+            {"unit": unit.name, "block": unit.block, "part": unit.part, "setting": unit.options[choice].label,
+             "option": choice, "options": len(unit.options)}
+            for unit, choice in zip(self.units, genome)
+        ]  # fmt: skip
+
     def uniform(self, wanted: Mapping[str, str]) -> Genome:
-        """The genome that gives each unit the option whose label `wanted[part]` (or `wanted["*"]`) names, if it has it."""
+        """The genome that gives each unit the option that `wanted[part]` (or `wanted["*"]`) names, where it has it."""
         return tuple(_index(unit, wanted.get(unit.part, wanted.get("*", ""))) for unit in self.units)
 
     @property

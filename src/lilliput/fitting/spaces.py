@@ -35,8 +35,8 @@ def build_space(
 
         return feedforward_space(workload, families, budgeted, original, threads, device, runtime, progress)
     raise UserError(
-        f"fit has no search space for a {type(workload.model).__name__} as {workload.kind}; single methods still apply: "
-        "see `lilliput methods` and lilliput.methods.<family>.<Method>().apply(model, workload)"
+        f"fit has no search space for a {type(workload.model).__name__} as {workload.kind}; single methods still "
+        "apply: see `lilliput methods` and lilliput.methods.<family>.<Method>().apply(model, workload)"
     )
 
 

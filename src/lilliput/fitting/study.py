@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -258,8 +259,8 @@ class _Run:
         error = error or _problem(values, len(self.study.directions))
         self._check_knobs(trial)
         if error is None:
-            violation = float(trial.user_attrs.get(VIOLATION, 0.0))
-            storage.set_trial_system_attr(number, f"constraints:{VIOLATION}", violation)
+            if VIOLATION in trial.user_attrs:  # for Optuna's own samplers
+                storage.set_trial_system_attr(number, f"constraints:{VIOLATION}", float(trial.user_attrs[VIOLATION]))
             done = self.study.tell(trial.number, values)
         else:
             log.debug("trial %d failed", trial.number, exc_info=error)
@@ -315,6 +316,6 @@ class _Run:
 def _problem(values: Any, objectives: int) -> Exception | None:
     """What is wrong with the values of an objective, if anything."""
     numbers = list(values) if isinstance(values, Sequence) else [values]
-    if len(numbers) != objectives or not all(isinstance(v, int | float) and v == v for v in numbers):
+    if len(numbers) != objectives or not all(isinstance(v, Real) and v == v for v in numbers):
         return ValueError(f"the objective returned {values!r}; it needs {objectives} numbers that are not NaN")
     return None

@@ -18,7 +18,9 @@ from lilliput.workload import Workload
 FLIP_BATCHES = 8
 
 
-def verify(bench: Bench, model: nn.Module, artifact: Path, budget: Budget, quantities: dict[str, float]) -> dict[str, Any]:
+def verify(
+    bench: Bench, model: nn.Module, artifact: Path, budget: Budget, quantities: dict[str, float]
+) -> dict[str, Any]:
     """Everything the report says of the final model; `budget` is judged on these numbers alone."""
     work = bench.workload
     original, fitted = (bench.runtime.prepare(m, work, bench.threads) for m in (work.model, model))

@@ -68,7 +68,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     Holds when all four together serve faster than plain LRD and than the undecomposed network (95 % intervals above
     1), and are not 3 points less accurate than plain LRD after equal fine-tuning.
     """
-    effort = Effort(500, 10_000, 60, 3) if full else Effort(14, 1000, 30, 1)
+    effort = Effort(500, 10_000, 60, 3) if full else Effort(60, 1000, 30, 1)
     busy = wait_until_quiet()
     model = nets.load(NET)
     work = pictures_work(model, seed, effort)

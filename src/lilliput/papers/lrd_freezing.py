@@ -52,7 +52,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     Holds when, on every network tried, both together train faster than plain LRD (95 % interval of the paired ratio of
     step times above 1) and are not 3 points less accurate than it after equally many steps.
     """
-    effort = Effort(400, 10_000, 40, 3) if full else Effort(16, 1000, 5, 1)
+    effort = Effort(400, 10_000, 40, 3) if full else Effort(60, 1000, 7, 1)
     busy = wait_until_quiet()
     rows, verdicts, figures = [], [], []
     tried = ("resnet-small", "vit-small") if full else ("resnet-small",)

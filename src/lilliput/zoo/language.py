@@ -19,7 +19,6 @@ from lilliput.zoo.texts import Corpus, split_windows
 
 _VERSION = 1  # of the conversion; raise it when that changes
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.model")
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError, ImportError)
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------
@@ -51,7 +50,7 @@ def _convert(gguf: Path, target: Path) -> None:
             raise missing_extra(package, "zoo")
     try:
         _dequantize(gguf, target)
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # of any kind: `tokenizers` raises the bare class
         raise UserError(f"{str(gguf)!r} cannot be converted: {_first_line(error)}") from error
 
 
@@ -86,7 +85,7 @@ def load_model(folder: Path) -> nn.Module:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
             )
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # of any kind: `tokenizers` raises the bare class
         raise UserError(f"{str(folder)!r} holds no causal language model that loads: {_first_line(error)}") from error
     return model.eval()
 
@@ -98,7 +97,7 @@ def load_tokenizer(folder: Path) -> Any:
     _check_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except Exception as error:  # of any kind: `tokenizers` raises the bare class
         raise UserError(f"{str(folder)!r} holds no tokenizer that loads: {_first_line(error)}") from error
 
 

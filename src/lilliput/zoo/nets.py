@@ -1,7 +1,7 @@
 """Small networks for 1x28x28 pictures of 10 classes and a tiny Llama, with the weights that `zoo.train` made here.
 
 `build(name)` gives an untrained net, `load(name)` the shipped weights. The constructors behind the names take widths
-and depths, so an experiment builds its own size. All are plain modules that torch.fx, Torch-Pruning and torch.onnx trace.
+and depths, so an experiment builds its own size. torch.fx, Torch-Pruning and torch.onnx trace the picture nets.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def build(name: str) -> nn.Module:
 
 
 def load(name: str) -> nn.Module:
-    """A net with its shipped weights, float32, eval mode. Raises UserError when the file is not the one that was shipped."""
+    """A net with its shipped weights, float32, eval mode. Raises UserError when the file is missing or was changed."""
     model = build(name)
     try:
         tensors = load_file(_checked(f"{name}.safetensors"))

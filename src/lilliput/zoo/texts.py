@@ -25,6 +25,7 @@ from lilliput.zoo.fetch import folder_of
 SHARES = {"training": 0.7, "calibration": 0.1, "validation": 0.1, "test": 0.1}  # of the documents
 COUNTS = {"training": 512, "calibration": 16, "validation": 16, "test": 64}  # windows
 FEWEST = 4  # windows a split of a user's own small corpus may have
+FEWEST_DOCUMENTS = 10  # fewer could leave a split empty
 GROUP_CHARS = 4096  # a single file is cut into documents of about this length
 _VERSION = 1  # of the way windows are cut; raise it when that changes
 
@@ -75,10 +76,10 @@ def own_corpus(path: str | Path) -> Corpus:
     else:
         raise UserError(f"the text {str(path)!r} does not exist; give a .txt file or a folder of .txt files")
     characters = sum(map(len, documents.values()))
-    if len(documents) < 2 * len(SHARES):
+    if len(documents) < FEWEST_DOCUMENTS:
         raise UserError(
             f"the text {str(path)!r} has {characters} characters in {len(documents)} documents; "
-            f"give at least {2 * len(SHARES)} documents, or one file of {2 * len(SHARES) * GROUP_CHARS} characters"
+            f"give at least {FEWEST_DOCUMENTS} documents, or one file of {FEWEST_DOCUMENTS * GROUP_CHARS} characters"
         )
     return Corpus(path.stem, documents, own=True)
 
@@ -193,9 +194,12 @@ def _checked_counts(counts: Mapping[str, int]) -> Mapping[str, int]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, or none when it is absent or broken: what it holds is then made again."""
+    """The tensors of a file, or none when it is absent or broken: what it holds is then made again.
+
+    Copies: what safetensors gives is mapped from the file and changes when that is overwritten.
+    """
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return {}

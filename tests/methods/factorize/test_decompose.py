@@ -126,6 +126,12 @@ def test_tucker_factors_are_orthonormal():
     torch.testing.assert_close(last.T @ last, torch.eye(5, dtype=torch.float64))
 
 
+def test_signs_are_settled():
+    first, _, last = tucker2(randn(10, 8, 3, 3), 5, 3)
+    assert (first.sum(1) >= 0).all()
+    assert (last.sum(0) >= 0).all()
+
+
 def test_one_block_is_tucker():
     w = randn(8, 8, 3, 3)
     for ours, plain in zip(block_term(w, 4, 4, 1), tucker2(w, 4, 4), strict=True):

@@ -53,8 +53,9 @@ def trained(model):
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.copy_(torch.rand(module.num_features) * 2 + 0.2)
                 module.bias.copy_(torch.randn(module.num_features))
-        for _ in range(40):
-            model.train()(torch.randn(32, 1, 16, 16))
+                module.momentum = 0.3
+        for _ in range(15):
+            model.train()(torch.randn(16, 1, 16, 16))
     return model.eval()
 
 
@@ -141,7 +142,7 @@ def record(model, names):
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6])
-def test_absorbing_is_exact_where_the_rectifier_is_never_reached(act):
+def test_absorbing_is_exact_above_the_bend(act):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), act(), nn.Conv2d(4, 2, 1, bias=False)).eval()
     with torch.no_grad():
         model[1].bias.fill_(3.0)
@@ -152,7 +153,9 @@ def test_absorbing_is_exact_where_the_rectifier_is_never_reached(act):
     pairs = equalize_(model, stats, sweeps=0)
     absorb_bias_(model, pairs, stats)
     torch.testing.assert_close(stats["0"][0], torch.full((4,), 0.6))
-    assert float((model(X) - before).abs().max()) < 0.02 * float(before.abs().max())
+    above = (model[0](X) >= 0).all(1, keepdim=True).expand_as(before)  # of the shifted outputs
+    assert 0.9 < above.float().mean() < 1
+    torch.testing.assert_close(model(X)[above], before[above], rtol=1e-4, atol=1e-5)
     assert model[3].bias is not None
 
 
@@ -166,7 +169,7 @@ def test_padded_layers_take_no_absorbed_bias(mobile):
 
 def test_samples_have_the_moments_of_a_rectified_gaussian(tiny_cnn):
     stats = fold_batchnorm_(trained(tiny_cnn))
-    found = sampled_moments(tiny_cnn, stats, ["conv2"], "independent", 512, 16, seed=0)["conv2"]
+    found = sampled_moments(tiny_cnn, stats, ["conv2"], "independent", 256, 16, seed=0)["conv2"]
     mean, std = (m.numpy() for m in stats["conv1"])
     ratio = mean / std
     expected = std * scipy_stats.norm.pdf(ratio) + mean * scipy_stats.norm.cdf(ratio)
@@ -179,7 +182,7 @@ def test_samples_have_the_moments_of_a_rectified_gaussian(tiny_cnn):
 def test_a_sum_adds_independent_samples(tiny_cnn):
     """conv3 reads relu(relu(bn1) + bn2): its moments are those of two independent draws."""
     stats = fold_batchnorm_(trained(tiny_cnn))
-    found = sampled_moments(tiny_cnn, stats, ["conv3"], "independent", 512, 16, seed=0)["conv3"]
+    found = sampled_moments(tiny_cnn, stats, ["conv3"], "independent", 256, 16, seed=0)["conv3"]
     rng = np.random.default_rng(0)
     draws = [rng.normal(m, s, (100_000, 16)) for m, s in (map(np.asarray, stats[n]) for n in ("conv1", "conv2"))]
     total = np.maximum(np.maximum(draws[0], 0) + draws[1], 0)
@@ -188,7 +191,7 @@ def test_a_sum_adds_independent_samples(tiny_cnn):
 
 def test_propagated_samples_have_the_stored_moments_too(tiny_cnn):
     stats = fold_batchnorm_(trained(tiny_cnn))
-    by = {s: sampled_moments(tiny_cnn, stats, ["conv2"], s, 512, 16, 0)["conv2"] for s in ("independent", "propagated")}
+    by = {s: sampled_moments(tiny_cnn, stats, ["conv2"], s, 256, 16, 0)["conv2"] for s in ("independent", "propagated")}
     torch.testing.assert_close(by["propagated"].mean, by["independent"].mean, rtol=0.1, atol=0.05)
     off = [m.gram[0] - m.mean[0].outer(m.mean[0]) for m in by.values()]
     off = [float((o - o.diagonal().diag()).norm() / o.norm()) for o in off]
@@ -319,7 +322,7 @@ def test_what_it_makes_can_be_rebuilt(mobile, settings, kind):
     model = DataFree(steps=0, samples=16, size=16, **settings).apply(mobile)
     again = replay(copy.deepcopy(mobile), describe(model, copy.deepcopy(mobile)))
     again.load_state_dict(model.state_dict())
-    torch.testing.assert_close(again.eval()(X), model(X), rtol=0, atol=0)
+    torch.testing.assert_close(again.eval()(X), model(X))
     assert isinstance(again.last, kind)
     assert isinstance(again.expand[2], ChannelReLU6)
 

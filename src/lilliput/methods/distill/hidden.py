@@ -81,7 +81,9 @@ class Hidden(Logits):
                 same = s.shape == t.shape
                 maps[_key(name)] = nn.Identity() if same else _linear(s.shape[-1], t.shape[-1], self.seed)
         if not pairs:
-            raise UserError(f"no block of the student gives states like the teacher's ({left_out[0]}); use distill.logits")
+            raise UserError(
+                f"no block of the student gives states like the teacher's ({left_out[0]}); use distill.logits"
+            )
         return maps
 
 
@@ -124,7 +126,9 @@ def blocks_of(model: nn.Module) -> list[str]:
         return found
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1]
     if not lists:
-        raise UserError(f"{type(model).__name__} has no list of blocks whose states could be matched; use distill.logits")
+        raise UserError(
+            f"{type(model).__name__} has no list of blocks whose states could be matched; use distill.logits"
+        )
     name, longest = max(lists, key=lambda pair: len(pair[1]))
     return [f"{name}.{child}" if name else child for child, _ in longest.named_children()]
 

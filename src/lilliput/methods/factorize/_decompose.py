@@ -114,8 +114,13 @@ def _unfold_in(w: Tensor) -> Tensor:
 
 
 def _leading(unfolded: Tensor, rank: int) -> Tensor:
-    """(n, m) -> (n, rank): the leading left singular vectors, from the eigenvectors of the smaller Gram matrix."""
-    return torch.linalg.eigh(unfolded @ unfolded.T).eigenvectors.flip(1)[:, :rank]
+    """(n, m) -> (n, rank): the leading left singular vectors, from the eigenvectors of the Gram matrix.
+
+    Their signs are free; a sum that is not negative makes results equal everywhere, and keeps positive inputs positive,
+    which matters once a merged layer has its activation behind a factor.
+    """
+    vectors = torch.linalg.eigh(unfolded @ unfolded.T).eigenvectors.flip(1)[:, :rank]
+    return torch.where(vectors.sum(0) < 0, -vectors, vectors)
 
 
 def _check(w: Tensor, rank: int, full: int) -> None:

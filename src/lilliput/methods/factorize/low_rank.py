@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import nn
 
 from lilliput.edits import set_module
-from lilliput.method import FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
+from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
 from lilliput.methods.factorize._decompose import truncate, truncate_whitened
 from lilliput.methods.factorize._factors import is_plain_linear, linear_factors, own_names
 from lilliput.methods.factorize._moments import need_workload, second_moments
@@ -37,7 +37,7 @@ class LowRank(Method):
     facts: ClassVar[Facts] = Facts(
         stage="factorize",
         needs={FLOAT_WEIGHTS},
-        keeps={FLOAT_WEIGHTS, OUTPUT_SHAPE},
+        keeps={FLOAT_WEIGHTS, OUTPUT_SHAPE, BLOCK_COUNT},
         data=UNLABELLED,
         effect="smaller; faster where the layer is wide",
     )

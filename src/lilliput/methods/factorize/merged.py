@@ -16,7 +16,7 @@ from torch import nn
 
 from lilliput.edits import set_module
 from lilliput.errors import UserError
-from lilliput.method import FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
+from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
 from lilliput.methods.factorize._chains import Pair, linear_pairs
 from lilliput.methods.factorize._factors import Layer, factored_layers
 from lilliput.methods.factorize._moments import need_workload, watch
@@ -37,7 +37,7 @@ class Merged(Method):
     facts: ClassVar[Facts] = Facts(
         stage="factorize",
         needs={FLOAT_WEIGHTS},
-        keeps={FLOAT_WEIGHTS, OUTPUT_SHAPE},
+        keeps={FLOAT_WEIGHTS, OUTPUT_SHAPE, BLOCK_COUNT},
         data=UNLABELLED,
         effect="fewer layers: faster; exact with norms='keep'",
     )

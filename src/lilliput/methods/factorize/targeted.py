@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lilliput.edits import set_module
-from lilliput.method import FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
+from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
 from lilliput.methods.factorize._clock import RUNNERS, Clock, TimeMs, median_ratio, paired_ms, torch_training
 from lilliput.methods.factorize._factors import (
     Layer,
@@ -70,7 +70,7 @@ class Targeted(Method):
     facts: ClassVar[Facts] = Facts(
         stage="factorize",
         needs={FLOAT_WEIGHTS},
-        keeps={FLOAT_WEIGHTS, OUTPUT_SHAPE},
+        keeps={FLOAT_WEIGHTS, OUTPUT_SHAPE, BLOCK_COUNT},
         data=UNLABELLED,
         effect="faster, smaller",
     )

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import nn
 
 from lilliput.edits import set_module
-from lilliput.method import FLOAT_WEIGHTS, OUTPUT_SHAPE, Facts, Method, knob
+from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, Facts, Method, knob
 from lilliput.methods.factorize._factors import (
     branches_for,
     compose_layer,
@@ -46,7 +46,7 @@ class Tucker(Method):
     facts: ClassVar[Facts] = Facts(
         stage="factorize",
         needs={FLOAT_WEIGHTS},
-        keeps={FLOAT_WEIGHTS, OUTPUT_SHAPE},
+        keeps={FLOAT_WEIGHTS, OUTPUT_SHAPE, BLOCK_COUNT},
         effect="smaller; faster where channels are many and the picture is small",
     )
 

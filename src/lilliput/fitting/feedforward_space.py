@@ -1,0 +1,205 @@
+"""The space of a feed-forward net: channels per coupled group, ranks and 8 bits per layer, all joint.
+
+Latency is linear in what a genome leaves (operations and layers by precision), with coefficients learnt from random
+genomes that are really built and timed on the serving runtime; on a modelled device it is that device's roofline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from lilliput.anatomy import convolutions, linears
+from lilliput.device import Device
+from lilliput.errors import UserError
+from lilliput.fitting.judge import Judge
+from lilliput.fitting.predict import nonnegative_fit
+from lilliput.fitting.space import Genome, Option, Space, Unit
+from lilliput.graph import coupled_channels, kept_count
+from lilliput.measuring import Measured, measure_speed
+from lilliput.method import Method
+from lilliput.methods.factorize.tucker import Tucker
+from lilliput.methods.prune.channels import Channels
+from lilliput.methods.quantize.int8_static import Int8Static
+from lilliput.metrics import roofline
+from lilliput.runtimes import Runtime
+from lilliput.workload import Workload
+
+CHANNELS = (0.125, 0.25, 0.375, 0.5)
+RANKS = (0.75, 0.5, 0.35)
+ROUND_TO = 8  # channels kept are a multiple of this: the vector width that 8-bit convolutions like
+PROBES = 14  # random genomes that teach the latency
+
+
+@dataclass
+class _Layer:
+    """One convolution or linear layer: cost of the original and the units that decide over it (-1 for none)."""
+
+    ops: float
+    weights: int
+    int8_unit: int
+    rank_unit: int
+    out_unit: int
+    in_unit: int
+
+
+@dataclass
+class FeedforwardSpace(Space):
+    """A search space over convolutional nets, vision transformers and encoders."""
+
+    layers: list[_Layer] = field(default_factory=list)
+    widths: dict[int, int] = field(default_factory=dict)  # channel unit -> channels
+    coefficients: np.ndarray = field(default_factory=lambda: np.zeros(5))
+    fixed_bytes: float = 0.0
+    device: Device | None = None  # set when latency is modelled
+    threads: int = 1
+
+    def left(self, unit: int, genome: Genome) -> float:
+        """Share of a unit's channels that stay."""
+        method = self.units[unit].options[genome[unit]].method if unit >= 0 else None
+        if not isinstance(method, Channels):
+            return 1.0
+        return kept_count(self.widths[unit], method.ratio, method.round_to) / self.widths[unit]
+
+    def rows(self, genome: Genome) -> list[tuple[bool, float, float, int]]:
+        """(int8?, operations, weights, how many layers) of what becomes of each layer."""
+        found = []
+        for layer in self.layers:
+            share = self.left(layer.out_unit, genome) * self.left(layer.in_unit, genome)
+            rank = self.units[layer.rank_unit].options[genome[layer.rank_unit]].method if layer.rank_unit >= 0 else None
+            parts = 1
+            if isinstance(rank, Tucker):
+                share, parts = share * rank.ratio, 3
+            int8 = layer.int8_unit >= 0 and genome[layer.int8_unit] != 0
+            found.append((int8, layer.ops * share, layer.weights * share, parts))
+        return found
+
+    def features(self, genome: Genome) -> np.ndarray:
+        """1, float operations, int8 operations (both per 1e9), float layers, int8 layers."""
+        rows = self.rows(genome)
+        sums = [sum(r[column] for r in rows if r[0] is int8) for column in (1, 3) for int8 in (False, True)]
+        return np.array([1.0, sums[0] / 1e9, sums[1] / 1e9, sums[2], sums[3]])
+
+    def costs(self, genome: Genome) -> dict[str, float]:
+        rows = self.rows(genome)
+        weights = sum(w * (1 if int8 else 4) for int8, _, w, _ in rows)
+        if self.device is None:
+            ms = float(self.features(genome) @ self.coefficients)
+        else:
+            layers = [(w * (1 if int8 else 4), ops, "int8" if int8 else "fp32") for int8, ops, w, _ in rows]
+            ms = self.device.predict_latency(layers, self.threads)
+        return {"latency_ms": ms, "memory_bytes": weights + self.fixed_bytes, "size_bytes": weights}
+
+
+def feedforward_space(
+    workload: Workload,
+    families: Sequence[str],
+    budgeted: Sequence[str],
+    original: Mapping[str, float],
+    threads: int,
+    device: Device,
+    runtime: Runtime,
+    progress: Callable[[str], None] = lambda text: None,
+) -> FeedforwardSpace:
+    """Units, measured damage of each option alone, and a latency model taught by `PROBES` timed genomes."""
+    space = FeedforwardSpace([], uniform_labels=("int8", "-25.0% channels", "-50.0% channels", "rank 50%"))
+    space.threads = threads
+    groups = _add_channel_units(space, workload) if "prune" in families else {}
+    _add_layer_units(space, workload, families, groups)
+    if not space.units:
+        raise UserError(f"the families {', '.join(families)} change nothing in this model; name others")
+    progress("judging options")
+    space.damage = _damages(workload, space, progress)
+    if device.measured:
+        _learn_latency(space, workload, runtime, threads, original["latency_ms"], progress)
+    else:
+        space.device = device
+    space.fixed_bytes = original["memory_bytes"] - space.costs((0,) * len(space.units))["size_bytes"]
+    return space
+
+
+def _add_channel_units(space: FeedforwardSpace, workload: Workload) -> dict[tuple[str, str], int]:
+    """One unit per prunable group; returns (module, side) -> unit."""
+    can = set(Channels().targets(workload.model))
+    sides: dict[tuple[str, str], int] = {}
+    for group in coupled_channels(workload.model, workload.example, workload.forward):
+        targets = tuple(name for name in group.producers() if name in can)
+        if not (group.prunable and targets and group.channels >= 2 * ROUND_TO):
+            continue
+        choices = [Option(f"-{r:.1%} channels", Channels(ratio=r, round_to=ROUND_TO)) for r in CHANNELS]
+        space.units.append(
+            Unit(f"{group.name} channels", targets, (Option("all channels"), *choices), None, "channels")
+        )
+        space.widths[len(space.units) - 1] = group.channels
+        sides |= dict.fromkeys(group.layers, len(space.units) - 1)
+    return sides
+
+
+def _add_layer_units(space: FeedforwardSpace, workload: Workload, families: Sequence[str], groups) -> None:
+    model = workload.model
+    costs = {c.name: c for c in roofline.layer_costs(model, *_inputs(workload))}
+    can_rank, can_int8 = set(_targets(Tucker(), model, families)), set(_targets(Int8Static(), model, families))
+    for name in [n for n, _ in model.named_modules() if n in {*convolutions(model), *linears(model)} and n in costs]:
+        rank = int8 = -1
+        if name in can_rank:
+            options = (Option("full rank"), *(Option(f"rank {r:.0%}", Tucker(ratio=r)) for r in RANKS))
+            space.units.append(Unit(f"{name} rank", (name,), options, None, "rank"))
+            rank = len(space.units) - 1
+        if name in can_int8:
+            options = (Option("float32"), Option("int8", Int8Static()))
+            space.units.append(Unit(f"{name} bits", (name,), options, None, "bits"))
+            int8 = len(space.units) - 1
+        count = model.get_submodule(name).weight.numel()  # type: ignore[union-attr]
+        out_unit, in_unit = groups.get((name, "out"), -1), groups.get((name, "in"), -1)
+        if out_unit == in_unit:  # depthwise: one width, counted once
+            in_unit = -1
+        space.layers.append(_Layer(float(costs[name].ops), count, int8, rank, out_unit, in_unit))
+
+
+def _targets(method: Method, model: nn.Module, families: Sequence[str]) -> list[str]:
+    return list(method.targets(model)) if method.facts.stage in families else []
+
+
+def _inputs(workload: Workload) -> list[torch.Tensor]:
+    return [v[:1] for k, v in workload.example.items() if k != "label"]
+
+
+def _damages(workload: Workload, space: FeedforwardSpace, progress: Callable[[str], None]) -> list[np.ndarray]:
+    """Each option built alone and judged on the calibration data."""
+    light = dataclasses.replace(workload, calibration=workload.calibration[:1])
+    judge = Judge(light, "calibration")
+    found = []
+    for index, unit in enumerate(space.units):
+        progress(f"judging {unit.name}")
+        values = [0.0]
+        for option in range(1, len(unit.options)):
+            genome = tuple(option if i == index else 0 for i in range(len(space.units)))
+            values.append(max(0.0, judge.judge(space.plan(genome).apply(light)).damage))
+        found.append(np.array(values))
+    return found
+
+
+def _learn_latency(
+    space: FeedforwardSpace, workload: Workload, runtime: Runtime, threads: int, original_ms: float, progress
+) -> None:
+    light = dataclasses.replace(workload, calibration=workload.calibration[:1])
+    generator = np.random.default_rng(0)
+    genomes = [(0,) * len(space.units), space.uniform({"*": "int8"})]
+    while len(genomes) < PROBES:
+        density = generator.uniform(0.1, 0.9, 3)
+        share = {"channels": density[0], "rank": density[1] / 3, "bits": density[2]}
+        take = [generator.random() < share[u.part] for u in space.units]
+        genomes.append(tuple(int(generator.integers(1, len(u.options))) if t else 0 for u, t in zip(space.units, take)))
+    times = []
+    for number, genome in enumerate(genomes):
+        progress(f"timing random genome {number + 1} of {len(genomes)}")
+        result = Measured(runtime.name, threads, {})
+        measure_speed(light, runtime.prepare(space.plan(genome).apply(light), light, threads), result, quick=True)
+        times.append(result.values["latency_ms"])
+    design = np.stack([space.features(g) for g in genomes])
+    space.coefficients = nonnegative_fit(design / np.array(times)[:, None], np.ones(len(times)))
