@@ -13,6 +13,7 @@ import pytest
 from optuna.trial import TrialState
 
 from lilliput.errors import UserError
+from lilliput.fitting import _ray
 from lilliput.fitting import study as module
 from lilliput.fitting.storage import FileStorage
 from lilliput.fitting.study import close_study, open_study, run_trials
@@ -276,7 +277,8 @@ def test_a_full_disk_is_reported(path, monkeypatch):
 
 @pytest.mark.timeout(120)
 def test_trials_run_on_ray(path):
-    pytest.importorskip("ray")
+    ray = pytest.importorskip("ray")
+    _ray._start(ray, "local", 2)  # once for both runs
     study, told = open_study(path, "s", random_sampler(), ["minimize"]), []
     ran = run_trials(study, on_worker, trials=6, ray_address="local", on_trial=lambda t: told.append(t.number))
     trials = study.get_trials()
@@ -289,6 +291,7 @@ def test_trials_run_on_ray(path):
     with pytest.raises(UserError, match=r"in a row failed.*no such thing"):
         run_trials(study, always_wrong, trials=99, ray_address="local")
     close_study(study)
+    ray.shutdown()
 
 
 def on_worker(trial):

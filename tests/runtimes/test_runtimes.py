@@ -65,7 +65,7 @@ def test_runtimes_are_found_by_their_files():
     assert {"torch", "openvino", "onnxruntime"} <= set(runtime_names())
     for name in runtime_names():
         assert find_runtime(name).name == name
-    with pytest.raises(UserError, match="there is no runtime 'tensorflow'; there are: .*openvino"):
+    with pytest.raises(UserError, match=r"there is no runtime 'tensorflow'; there are: .*openvino"):
         find_runtime("tensorflow")
 
 
@@ -166,7 +166,9 @@ def test_choosing_takes_the_fastest_that_can(mobile_work, llama_work, monkeypatc
     assert choose(mobile_work.model, mobile_work).name == "onnxruntime"
     assert choose(llama_work.model, llama_work).name == "torch"
     monkeypatch.setattr(runtimes, "runtime_names", lambda: ["onnxruntime"])
-    with pytest.raises(UserError, match="no runtime takes LlamaForCausalLM. onnxruntime: a causal language model keeps"):
+    with pytest.raises(
+        UserError, match=r"no runtime takes LlamaForCausalLM\. onnxruntime: a causal language model keeps"
+    ):
         choose(llama_work.model, llama_work)
 
 
@@ -186,7 +188,7 @@ def test_the_check_measures_the_relative_error_and_fails_above_the_tolerance(mob
     assert check(Skewed(model, 0.01), model, mobile_work, tolerance=0.02) == pytest.approx(0.01, rel=1e-3)
     with pytest.raises(UserError, match=r"differ from the torch model's by 0.01 \(relative\), 0.001 is allowed"):
         check(Skewed(model, 0.01), model, mobile_work)
-    with pytest.raises(UserError, match="differ .* by inf"):
+    with pytest.raises(UserError, match=r"differ .* by inf"):
         check(Skewed(model, float("nan")), model, mobile_work)
 
 

@@ -318,7 +318,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(RuntimeError):
         cache.write_atomically(path, fail)
     assert contents(tmp_path) == {"deep/file.txt": b"old"}
-    cache.write_atomically(path, b"new")
+    with open(path) as reader:
+        cache.write_atomically(path, b"new")
+        assert reader.read() == "old"
     assert contents(tmp_path) == {"deep/file.txt": b"new"}
 
 

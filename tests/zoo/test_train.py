@@ -19,13 +19,12 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path / "checkpoints"
 
 
-def striped(count, seed):
-    """Pictures whose class is the row of a bright stripe."""
+def shaded(count, seed):
+    """Noise whose mean brightness is the class."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (count,), generator=generator)
-    pixels = torch.randint(60, (count, 28, 28), generator=generator, dtype=torch.uint8)
-    pixels[torch.arange(count), 4 + 2 * labels] = 250
-    return images.Pictures(pixels, labels, images.Normalize(0.2, 0.2))
+    noise = torch.randint(20, (count, 28, 28), generator=generator)
+    return images.Pictures((noise + 25 * labels.view(-1, 1, 1)).byte(), labels, images.Normalize(0.5, 0.3))
 
 
 def test_augment_keeps_shape_and_values_and_moves_every_picture_alike():
@@ -54,24 +53,24 @@ def test_accuracy_against_counting():
         def forward(self, x):
             return nn.functional.one_hot(torch.full((len(x),), 3), 10).float()
 
-    pictures = striped(1203, 0)
+    pictures = shaded(1203, 0)
     assert train.accuracy(Fixed(), pictures) == pytest.approx(100 * (pictures.labels == 3).float().mean().item())
 
 
 def test_a_classifier_is_trained_written_and_loaded(elsewhere, monkeypatch):
-    splits = {"training": striped(256, 0), "validation": striped(100, 1), "test": striped(100, 2)}
+    splits = {"training": shaded(256, 0), "validation": shaded(100, 1), "test": shaded(100, 2)}
     monkeypatch.setattr(images, "fashion_mnist", lambda: splits)
-    monkeypatch.setattr(nets, "_NETS", nets._NETS | {"mobilenet-small": lambda: nets.mobilenet(4)})
-    monkeypatch.setitem(train.RECIPES, "mobilenet-small", train.Recipe(epochs=4, batch_size=32, lr=5e-3))
-    facts = train.make("mobilenet-small", seed=1)
-    assert facts["test_accuracy_percent"] > 15
-    assert facts["test_accuracy_percent"] == pytest.approx(train.accuracy(nets.load("mobilenet-small"), splits["test"]))
-    noted = tomllib.loads((elsewhere / "hashes.toml").read_text())["mobilenet-small.safetensors"]
+    monkeypatch.setattr(nets, "_NETS", nets._NETS | {"resnet-small": lambda: nets.resnet(4, 8, stem_stride=4)})
+    monkeypatch.setitem(train.RECIPES, "resnet-small", train.Recipe(epochs=4, batch_size=16, lr=1e-2))
+    facts = train.make("resnet-small", seed=1)
+    assert facts["test_accuracy_percent"] > 25
+    assert facts["test_accuracy_percent"] == pytest.approx(train.accuracy(nets.load("resnet-small"), splits["test"]))
+    noted = tomllib.loads((elsewhere / "hashes.toml").read_text())["resnet-small.safetensors"]
     assert noted == facts
-    assert (noted["seed"], noted["size_bytes"]) == (1, (elsewhere / "mobilenet-small.safetensors").stat().st_size)
-    first = (elsewhere / "mobilenet-small.safetensors").read_bytes()
-    train.make("mobilenet-small", seed=1)
-    assert (elsewhere / "mobilenet-small.safetensors").read_bytes() == first
+    assert (noted["seed"], noted["size_bytes"]) == (1, (elsewhere / "resnet-small.safetensors").stat().st_size)
+    first = (elsewhere / "resnet-small.safetensors").read_bytes()
+    train.make("resnet-small", seed=1)
+    assert (elsewhere / "resnet-small.safetensors").read_bytes() == first
 
 
 def test_a_language_model_is_trained_without_the_other_splits(elsewhere, monkeypatch):
@@ -88,7 +87,7 @@ def test_a_language_model_is_trained_without_the_other_splits(elsewhere, monkeyp
     monkeypatch.setitem(train.RECIPES, "llama-tiny", train.Recipe(epochs=1, batch_size=8, lr=1e-2))
     facts = train.make("llama-tiny")
     assert seen == list(corpus.split("training").values())
-    assert facts["test_perplexity"] < 300
+    assert facts["test_perplexity"] < 1000
     assert 0 < facts["validation_bits_per_byte"] < 8
     assert nets.load("llama-tiny").model.embed_tokens.weight.dtype == torch.float32
 

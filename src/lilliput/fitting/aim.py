@@ -28,7 +28,7 @@ def aim(workload: Workload, budget: Budget, original: Mapping[str, float], devic
         limit = budget.limits.get(key)
         if limit is not None and limit < least:
             raise UserError(
-                f"the budget is out of reach: {format_quantity(key, limit)} is asked, but even {SMALLEST_BITS:.0f} bits "
+                f"the budget is out of reach: {format_quantity(key, limit)} is asked, but {SMALLEST_BITS:.0f} bits "
                 f"a weight with {MOST_PRUNED:.0%} of the weights pruned need {format_quantity(key, least)} "
                 f"({least / limit:.1f} times the limit); raise the limit or start from a smaller model"
             )

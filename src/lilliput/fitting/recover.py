@@ -11,7 +11,7 @@ from lilliput.workload import Workload
 
 
 def recovering(plan: Plan, **limits: float) -> Plan | None:
-    """The plan with distillation (`steps` or `seconds`) before quantization; None when nothing structural was changed."""
+    """The plan with distillation (`steps` or `seconds`) before quantization; None without structural changes."""
     quantize = STAGES.index("quantize")
     steps = [s for s in plan.steps if not isinstance(s.method, Logits)]
     before = [s for s in steps if STAGES.index(s.method.facts.stage) < quantize]

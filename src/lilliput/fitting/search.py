@@ -57,7 +57,9 @@ def search(
     for genome in first:
         study.enqueue_trial({u.name: g for u, g in zip(space.units, genome)}, skip_if_exists=True)
     objective = Objective(predictor, budget, margin)
-    run_trials(study, objective, trials=trials, seconds=seconds, ray_address=ray_address, on_trial=on_trial)
+    run_trials(
+        study, objective, trials=trials, seconds=seconds, ray_address=ray_address, on_trial=on_trial, durable=False
+    )
     return ranked(predictor, budget, margin, [_genome(space, t) for t in study.get_trials(deepcopy=False) if t.params])
 
 

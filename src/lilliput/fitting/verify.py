@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from lilliput.budget import Budget
+from lilliput.errors import UserError
 from lilliput.fitting.build import Bench
 from lilliput.measuring import NEW_TOKENS, artifact_bytes, fresh_process_memory
 from lilliput.metrics import latency, quality
 from lilliput.workload import Workload
-
-FLIP_BATCHES = 8
 
 
 def verify(
@@ -59,31 +58,44 @@ def compare_speed(work: Workload, original: Any, fitted: Any) -> latency.Compari
     return latency.compare(tokens(original), tokens(fitted), rounds=9)
 
 
-@torch.inference_mode()
 def damage_report(work: Workload, original: Any, fitted: Any, model: nn.Module) -> dict[str, Any]:
-    """Score with spread on the test split, paired difference, changed answers, calibration, classes."""
+    """Score with spread on the test split, paired difference, changed answers, calibration, classes.
+
+    Language models are scored as modules, all others as their sessions.
+    """
     if work.kind == "causal_lm":
         original, fitted = work.model, model
-    values = [work.values(m, "test") for m in (original, fitted)]
-    scores = [work.summarize(v) for v in values]
-    difference = quality.paired_difference(values[0], values[1])
+    (values, answers), (new_values, new_answers) = (_answers(work, m) for m in (original, fitted))
+    scores = [work.summarize(v) for v in (values, new_values)]
+    difference = quality.paired_difference(values, new_values)
     report: dict[str, Any] = {
         "score_before": vars(scores[0]),
         "score_after": vars(scores[1]),
         "drop": work.metric.drop(scores[0].value, scores[1].value),
         "difference": {"mean": difference.mean, "low": difference.low, "high": difference.high},
     }
-    logits = [[], []]
-    for batch in list(work.test)[: FLIP_BATCHES if work.kind == "causal_lm" else None]:
-        for store, m in zip(logits, (original, fitted)):
-            out = work.forward(m, batch)
-            store.append(out.argmax(-1).flatten() if work.kind == "causal_lm" else out)
-    before, after = (torch.cat(x) for x in logits)
     if work.kind == "causal_lm":
-        report["changed_tokens"] = quality.changed_tokens(before, after)
-        return report
+        return report | {"changed_tokens": quality.changed_tokens(answers, new_answers)}
     labels = torch.cat([b["label"] for b in work.test])
-    report["flipped"] = quality.flipped_answers(before, after)
-    report["calibration"] = [quality.calibration_error(x, labels) for x in (before, after)]
-    report["classes"] = [vars(c) for c in quality.class_changes(before, after, labels)]
-    return report
+    classes = quality.class_changes(answers, new_answers, labels)
+    return report | {
+        "flipped": quality.flipped_answers(answers, new_answers),
+        "calibration": [quality.calibration_error(x, labels) for x in (answers, new_answers)],
+        "classes": [vars(c) for c in classes],
+    }
+
+
+@torch.inference_mode()
+def _answers(work: Workload, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The metric's numbers on the test split, and the likeliest tokens of a language model or the logits of others."""
+    values, answers = [], []
+    for batch in work.test:
+        logits = work.forward(model, batch)
+        values.append(work.metric.per_sample(logits, batch))
+        answers.append(logits.argmax(-1).flatten() if work.kind == "causal_lm" else logits)
+    found = torch.cat(values)
+    if not torch.isfinite(found).all():
+        raise UserError(
+            f"{work.metric.name} is not a finite number on some test samples; look at the fitted model's plan"
+        )
+    return found, torch.cat(answers)

@@ -47,7 +47,7 @@ class Torch(Runtime):
         return []
 
     def prepare(self, model: nn.Module, workload: Workload, threads: int | None = None) -> TorchSession:
-        """A session over a copy of a convolutional network, over the module itself otherwise."""
+        """A session over a copy of a convolutional network, else over the module itself, in evaluation mode."""
         if any(isinstance(module, nn.Conv2d) for module in model.modules()):
             model = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return TorchSession(model.eval(), workload, threads)

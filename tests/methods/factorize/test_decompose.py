@@ -126,6 +126,17 @@ def test_tucker_factors_are_orthonormal():
     torch.testing.assert_close(last.T @ last, torch.eye(5, dtype=torch.float64))
 
 
+def test_many_sweeps_end_where_each_factor_is_best_for_the_other():
+    w = randn(12, 10, 3, 3)
+    first, _, last = tucker2(w, 4, 3, sweeps=200)
+    for factor, projected in (
+        (first.T, torch.einsum("schw,so->cohw", w, last).flatten(1)),
+        (last, torch.einsum("schw,ic->sihw", w, first).flatten(1)),
+    ):
+        best = torch.linalg.svd(projected).U[:, : factor.shape[1]]
+        torch.testing.assert_close(factor @ factor.T, best @ best.T, atol=1e-5, rtol=0)
+
+
 def test_signs_are_settled():
     first, _, last = tucker2(randn(10, 8, 3, 3), 5, 3)
     assert (first.sum(1) >= 0).all()

@@ -284,14 +284,16 @@ def test_no_data_is_looked_at(network, settings):
 
 
 def test_eight_bits_change_next_to_nothing(network):
-    floats = DataFree(bits=8, size=16, steps=10, samples=64)
+    floats = DataFree(bits=8, size=16, steps=5, samples=32)
     assert relative_change(floats.apply(network), network) < 0.02
     assert relative_change(floats.with_(activation_bits=8).apply(network), network) < 0.2
 
 
 def test_each_part_helps(mobile):
     def change(**settings):
-        return relative_change(DataFree(bits=4, per_channel=False, size=16, **settings).apply(mobile), mobile)
+        return relative_change(
+            DataFree(bits=4, per_channel=False, size=16, samples=64, **{"steps": 60, **settings}).apply(mobile), mobile
+        )
 
     rounding = change(equalize=False, steps=0, correct_bias=False, search=0)
     equalized = change(steps=0, correct_bias=True, search=0)
@@ -301,11 +303,11 @@ def test_each_part_helps(mobile):
 
 
 def test_sparsity_leaves_real_zeros(network):
-    thin = DataFree(bits=32, sparsity=0.5, size=16).apply(network)
+    thin = DataFree(bits=32, sparsity=0.5, size=16, samples=32).apply(network)
     for module in thin.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             assert float((module.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
-    packed = DataFree(bits=4, sparsity=0.5, size=16).apply(network)
+    packed = DataFree(bits=4, sparsity=0.5, size=16, samples=32, steps=20).apply(network)
     shares = [float((m.dequantized() == 0).float().mean()) for m in packed.modules() if isinstance(m, CodedConv2d)]
     assert shares
     assert min(shares) >= 0.5

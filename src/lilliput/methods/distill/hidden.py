@@ -57,7 +57,7 @@ class Hidden(Logits):
             learner = _Learner(model, self._projections(model, work, pairs))
             with captured(model, list(pairs)) as ours, captured(work.model, list(pairs.values())) as theirs:
 
-                def loss_fn(learner: nn.Module, batch: Batch) -> Tensor:
+                def loss_fn(_: nn.Module, batch: Batch) -> Tensor:
                     taught = teacher_logits(work, batch)
                     logits = work.forward(model, batch)
                     loss = distillation_loss(logits, taught, self.temperature)

@@ -115,8 +115,9 @@ class _Int8Layer(nn.Module):
                 getattr(self, f"{side}_scale").fill_(chosen.scale)
                 getattr(self, f"{side}_zero").fill_(chosen.zero)
 
-    def dequantized(self) -> Tensor:
-        """The float32 weights that the codes stand for."""
+    @property
+    def weight(self) -> Tensor:
+        """The float32 weights that the codes stand for; transformers reads its dtype from some layers."""
         if torch.onnx.is_in_onnx_export():
             return _DequantizeWeight.apply(self.weight_codes, self.weight_scale)
         return self.weight_codes.float() * _per_channel(self.weight_scale, self.weight_codes.ndim)
@@ -158,7 +159,7 @@ class Int8Conv2d(_Int8Layer):
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
 
     def product(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.dequantized(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def rebuild_config(self) -> dict[str, Any]:
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -182,9 +183,9 @@ class Int8Linear(_Int8Layer):
 
     def product(self, x: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():  # MatMul and Add: a Gemm would stay in float in ONNX Runtime
-            y = torch.matmul(x, self.dequantized().t())
+            y = torch.matmul(x, self.weight.t())
             return y if self.bias is None else y + self.bias
-        return F.linear(x, self.dequantized(), self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     def rebuild_config(self) -> dict[str, Any]:
         return {"in_features": self.in_features, "out_features": self.out_features} | self._types()

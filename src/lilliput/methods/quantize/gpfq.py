@@ -144,7 +144,7 @@ class Gpfq(Method):
         with evaluating(model), evaluating(original):
             rest = _quantize_blocks_(model, original, workload, batches, layers)
             for name in execution_order(original, workload, rest):
-                _replace_(model, name, layers[name], _paired(model, original, workload, batches, name))
+                _replace_(model, name, layers[name], paired_moments(model, original, workload, batches, name))
         return model
 
 
@@ -180,7 +180,9 @@ def _inputs(walk: BlockWalk, index: int, batch: int, names: Sequence[str]) -> di
     return found
 
 
-def _paired(model: nn.Module, original: nn.Module, workload: Workload, batches: Sequence[Batch], name: str) -> Moments:
+def paired_moments(
+    model: nn.Module, original: nn.Module, workload: Workload, batches: Sequence[Batch], name: str
+) -> Moments:
     """Moments of one layer's inputs in the changed model, paired with those in the original."""
     moments, layer = Moments(name), original.get_submodule(name)
     for batch in batches:

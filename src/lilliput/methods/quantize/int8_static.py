@@ -108,8 +108,9 @@ class _Range:
         low, high = (float(v) for v in x.aminmax())
         self.low, self.high = min(self.low, low), max(self.high, high)
         flat = x.detach().flatten()
-        picks = torch.randint(flat.numel(), (min(SAMPLE, flat.numel()),), generator=self._generator)
-        self._samples.append(flat[picks].float())
+        if flat.numel() > SAMPLE:
+            flat = flat[torch.randint(flat.numel(), (SAMPLE,), generator=self._generator)]
+        self._samples.append(flat.float())
 
     def grid(self, settings: Int8Static) -> Grid:
         if not self._samples:

@@ -1,0 +1,72 @@
+"""An artifact as one file for other engines: ONNX for classifiers, GGUF for language models, checked before it appears."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lilliput.artifact import load, load_example, load_tokenizer, read_architecture
+from lilliput.errors import UserError
+from lilliput.onnx_export import _evaluate, _logits, evaluating, export_onnx, inputs_of, relative_error
+from lilliput.workload import Batch
+
+KINDS = {".onnx": "classifier", ".gguf": "causal_lm"}
+WORDS = {"classifier": "a classifier", "causal_lm": "a language model"}
+
+
+def export_artifact(
+    folder: str | Path, out: str | Path, model: nn.Module | None = None, matrices: str = "F16"
+) -> dict[str, Any]:
+    """Write the artifact in `folder` to `out`, a .onnx or .gguf file, and return what was written and its errors.
+
+    `model` is an instance of your own class for artifacts that only it can load; `matrices` is the GGUF type of
+    matrices that are not quantized: F16, BF16 or F32. Raises UserError when the file cannot hold the model.
+    """
+    folder, out = Path(folder), Path(out)
+    kind = KINDS.get(out.suffix.lower())
+    if kind is None:
+        raise UserError(f"cannot export to {str(out)!r}: the name must end in .onnx (classifiers) or .gguf (language)")
+    architecture = read_architecture(folder)
+    _check_kind(folder, out, architecture.get("kind"), kind)
+    try:
+        if kind == "classifier":
+            return _to_onnx(load(folder, model), inputs_of(load_example(folder)), out)
+        return _to_gguf(folder, out, str(architecture.get("name", "model")), model, matrices)
+    except OSError as error:
+        raise UserError(f"cannot write {str(out)!r}: {error.strerror or error}; choose another place") from None
+
+
+def _check_kind(folder: Path, out: Path, found: Any, wanted: str) -> None:
+    if found == wanted:
+        return
+    other = next((suffix for suffix, kind in KINDS.items() if kind == found), None)
+    way_out = f"write a {other} file" if other else "only classifiers (.onnx) and language models (.gguf) are exported"
+    raise UserError(
+        f"{str(folder)!r} holds {WORDS.get(str(found), f'a model of kind {found!r}')}, and {out.suffix} takes "
+        f"{WORDS[wanted]}; {way_out}"
+    )
+
+
+def _to_onnx(model: nn.Module, example: Batch, out: Path) -> dict[str, Any]:
+    x = example["input"]
+    export_onnx(model, x, out)
+    with evaluating(model):
+        expected = _logits(model(x))
+    error = relative_error(expected.new_tensor(_evaluate(out.read_bytes(), {"input": x})), expected)
+    runtime = "onnxruntime" if importlib.util.find_spec("onnxruntime") else "onnx.reference"
+    return {
+        "path": str(out),
+        "size_bytes": out.stat().st_size,
+        "largest_relative_error": error,
+        "checked_with": runtime,
+    }
+
+
+def _to_gguf(folder: Path, out: Path, name: str, model: nn.Module | None, matrices: str) -> dict[str, Any]:
+    from lilliput.gguf_export import export_gguf
+
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    return export_gguf(load(folder, model), out, tokenizer, name, matrices)
