@@ -103,9 +103,15 @@ def _write_hf_files(model: nn.Module, folder: Path, workload: Workload) -> None:
 
 
 def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor once (parameters and all buffers, persistent or not), and name -> name for the shared ones."""
+    """Each tensor once (parameters and all buffers, persistent or not), and name -> name for the shared ones.
+
+    Buffers named with an underscore are a machine's own layout of tensors that are stored anyway.
+    """
     everything = dict(model.state_dict())
-    everything |= {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in everything}
+    buffers = (
+        (n, b) for n, b in model.named_buffers(remove_duplicate=False) if not n.rpartition(".")[2].startswith("_")
+    )
+    everything |= {n: b for n, b in buffers if n not in everything}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple, str] = {}
@@ -144,10 +150,10 @@ def skeleton(source: dict[str, Any], folder: Path, workload: Workload | None = N
     if kind == "hf":
         return _hf_skeleton(folder)
     if kind == "zoo":
-        from lilliput.zoo import nets
+        from lilliput import zoo
 
         with torch.device("meta"):
-            return nets.build(source["name"])
+            return zoo.build(str(source.get("name")))
     if workload is not None:
         return copy.deepcopy(workload.model).to("meta")
     raise UserError(

@@ -60,7 +60,7 @@ def fit(
     runtime: Annotated[str | None, typer.Option(help="What executes the model; default: the fastest.")] = None,
     families: Annotated[str, typer.Option(help="Comma-separated: quantize, prune, factorize.")] = "quantize,prune",
     sampler: Annotated[str, typer.Option(help="genecai, ascai, random, tpe or nsga2.")] = "genecai",
-    trials: Annotated[int, typer.Option(min=1, help="Searched settings per round.")] = 400,
+    trials: Annotated[int, typer.Option(min=1, help="Searched settings per round.")] = 250,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; default runs/<model>.")] = None,

@@ -18,6 +18,15 @@ from lilliput.zoo import nets
 TINY = Effort(evaluations=14, seeds=2, search_pictures=16, held_pictures=16, test_pictures=16, steps=2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The networks are so small that a second thread only waits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def problem():
     torch.manual_seed(0)

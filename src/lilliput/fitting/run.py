@@ -29,7 +29,7 @@ from lilliput.fitting.report.page import write_report
 from lilliput.fitting.search import search
 from lilliput.fitting.space import Genome, Space
 from lilliput.fitting.spaces import build_space, rivals
-from lilliput.fitting.verify import verify
+from lilliput.fitting.verify import prove, verify
 from lilliput.measuring import Measured, measure, model_times, pick_runtime
 from lilliput.plan import Plan
 from lilliput.workload import Workload
@@ -38,6 +38,7 @@ DEFAULT_BUDGET = "memory<=50%, time_per_token<=50%"
 FAMILIES = ("quantize", "prune")
 KNOWN_FAMILIES = ("quantize", "prune", "factorize")
 HEAL_STEPS = 60  # of distillation before a feed-forward candidate is judged: without, pruning never pays
+PROOFS = 3  # candidates tried at most until one meets the budget in a fresh process
 RESERVE = 0.25  # share of the time kept for verification and the report
 
 
@@ -75,7 +76,7 @@ class Options:
     threads: int | None = None
     families: tuple[str, ...] = FAMILIES
     sampler: str = "genecai"
-    trials: int = 400
+    trials: int = 250
     seed: int = 0
     out: Path | None = None
     resume: bool = False
@@ -127,9 +128,7 @@ class _Job:
             self.progress.say("stopped by Ctrl-C; keeping the best so far")
             if not self.run.candidates():
                 raise UserError("stopped before the first candidate was measured; go on with --resume") from None
-        best = self.best()
-        plan, model = self.recover(best)
-        return self.hand_over(best, plan, model)
+        return self.hand_over()
 
     def measure_original(self) -> None:
         """Step 1: every number of the model as it is."""
@@ -244,11 +243,20 @@ class _Job:
         self._timed("recover")
         return plan, plan.apply(self.light)
 
-    def hand_over(self, best: dict[str, Any], plan: Plan, model: nn.Module) -> Fitted:
-        """Steps 7 and 8: verify on untouched data and in a fresh process, save, report."""
+    def hand_over(self) -> Fitted:
+        """Steps 7 and 8: prove the best candidate in a fresh process, verify on untouched data, save, report.
+
+        A candidate that misses a limit there although it met it while searching gives way to the next, twice at most.
+        """
+        for best in self._by_quality()[:PROOFS]:
+            plan, model = self.recover(best)
+            self.progress.step("proving in a fresh process")
+            artifact = save(model, self.run.folder / "fitted", self.workload, plan)
+            proof = prove(self.bench, model, artifact, best["measured"])
+            if self.budget.met(proof["measured"]):
+                break
         self.progress.step("verifying on untouched data")
-        artifact = save(model, self.run.folder / "fitted", self.workload, plan)
-        checked = verify(self.bench, model, artifact, self.budget, best["measured"])
+        checked = verify(self.bench, model, proof, self.budget)
         self._timed("verify")
         record = self._record(best, plan, checked, model)
         self.run.write("record", record)

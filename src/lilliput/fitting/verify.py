@@ -12,38 +12,37 @@ from torch import nn
 from lilliput.budget import Budget
 from lilliput.errors import UserError
 from lilliput.fitting.build import Bench
-from lilliput.measuring import NEW_TOKENS, artifact_bytes, fresh_process_memory
+from lilliput.measuring import Measured, artifact_bytes, fresh_process_memory, measure_speed
 from lilliput.metrics import latency, quality
 from lilliput.workload import Workload
 
 
-def verify(
-    bench: Bench, model: nn.Module, artifact: Path, budget: Budget, quantities: dict[str, float]
-) -> dict[str, Any]:
-    """Everything the report says of the final model; `budget` is judged on these numbers alone."""
+def prove(bench: Bench, model: nn.Module, artifact: Path, quantities: dict[str, float]) -> dict[str, Any]:
+    """Times side by side with the original, memory of a fresh process, bytes on disk; no quality yet."""
     work = bench.workload
     original, fitted = (bench.runtime.prepare(m, work, bench.threads) for m in (work.model, model))
-    measured = dict(quantities)
     load = latency.wait_until_quiet()
     comparison = compare_speed(work, original, fitted)
-    if work.kind == "causal_lm":
-        taken = latency.measure_generation(lambda: fitted.generate(work.example["input_ids"], NEW_TOKENS), NEW_TOKENS)  # type: ignore[attr-defined]
-        fresh = {"first_token_ms": taken.first_token_ms, "token_ms": taken.token_ms}
-    else:
-        fresh = {"latency_ms": latency.measure(lambda: fitted(work.example)).median_ms}
-    measured |= {k: v for k, v in fresh.items() if k not in bench.modelled}
+    taken = Measured(bench.runtime.name, bench.threads, {})
+    measure_speed(work, fitted, taken)
+    measured = quantities | {k: v for k, v in taken.values.items() if k not in bench.modelled}
     if work.source:
         measured["memory_bytes"] = float(fresh_process_memory(artifact, bench.runtime.name, bench.threads))
     measured["size_bytes"] = float(artifact_bytes(artifact))
-    found = damage_report(work, original, fitted, model)
-    measured["drop"] = found["drop"]
     return {
         "measured": measured,
-        "violations": budget.violations(measured),
         "speedup": {"ratio": comparison.ratio, "low": comparison.low, "high": comparison.high, "gain": comparison.gain},
         "busy_cores": load,
-        **found,
     }
+
+
+def verify(bench: Bench, model: nn.Module, proof: dict[str, Any], budget: Budget) -> dict[str, Any]:
+    """The proof with the damage on the test split, looked at once; `budget` is judged on these numbers alone."""
+    work = bench.workload
+    sessions = (bench.runtime.prepare(m, work, bench.threads) for m in (work.model, model))
+    found = damage_report(work, *sessions, model)
+    measured = proof["measured"] | {"drop": found["drop"]}
+    return proof | found | {"measured": measured, "violations": budget.violations(measured)}
 
 
 def compare_speed(work: Workload, original: Any, fitted: Any) -> latency.Comparison:

@@ -102,14 +102,18 @@ def test_the_range_search_never_raises_the_error_of_any_group(bits):
         assert found.sum() < plain.sum()
 
 
-def test_the_search_tries_ranges_down_to_half():
-    # 63 weights at +-0.1 and one at 1: with 2 bits the best range of those allowed is the smallest
-    w = torch.full((1, 64), 0.1)
-    w[0, ::2] *= -1
-    w[0, 0] = 1.0
-    wide, _ = choose_grid(w, 2, 64)
-    narrow, _ = choose_grid(w, 2, 64, search=10)
-    assert float(narrow) == pytest.approx(float(wide) / 2, rel=2 * BF16)
+@pytest.mark.parametrize("bits", (2, 3))
+def test_the_search_finds_the_best_of_its_ranges(bits):
+    w, tried = weights(6, 64), 10
+    errors = []
+    for shrink in np.linspace(1, 0.5, tried + 1):
+        low, high = (shrink * f(grouped(w, 32), axis=-1, keepdims=True) for f in (np.min, np.max))
+        step = (high - low) / (2**bits - 1)
+        codes = np.clip(np.round((grouped(w, 32) - low) / step), 0, 2**bits - 1)
+        errors.append(((codes * step + low - grouped(w, 32)) ** 2).sum(-1))
+    found = squared_error(w, *choose_grid(w, bits, 32, search=tried), bits)
+    np.testing.assert_allclose(found, np.min(errors, axis=0), rtol=0.05)
+    assert np.argmin(errors, axis=0).min() > 0
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -119,7 +119,20 @@ def test_the_output_has_the_type_of_the_input(bits, group, dtype):
 def test_inputs_may_be_strided(bits, group):
     packed, _ = layer(16, 32, bits, group)
     x = torch.randn(32, 5).T
-    assert torch.equal(packed(x), packed(x.contiguous()))
+    torch.testing.assert_close(packed(x), packed(x.contiguous()))
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 32), (4, 32), (3, 32)])
+def test_gradients_pass_to_the_input(bits, group):
+    packed, _ = layer(16, 32, bits, group, bias=True)
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    with torch.no_grad():
+        expected = packed(x)
+    y = packed(x)
+    assert torch.equal(y, expected)
+    slope = torch.randn(2, 3, 16)
+    (y * slope).sum().backward()
+    torch.testing.assert_close(x.grad, slope @ packed.dequantized(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", BITS)

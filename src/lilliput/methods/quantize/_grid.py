@@ -57,7 +57,7 @@ def round_to_grid(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Codes (N, K) -> weights (N, K), float32."""
     group = q.shape[1] // scale.shape[1]
-    return _values(q.view(q.shape[0], -1, group).float(), scale.float(), zero.float(), bits).view(q.shape)
+    return _values(q.view(*scale.shape, group).float(), scale.float(), zero.float(), bits).view(q.shape)
 
 
 def _grouped(w: Tensor, group: int) -> Tensor:

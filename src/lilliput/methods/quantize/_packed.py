@@ -22,8 +22,15 @@ from lilliput.methods.quantize._grid import dequantize
 INT4_GROUPS = (32, 64, 128, 256)  # what the packed 4-bit operator takes
 
 
+CHUNK_ROWS = 2048  # rows converted at a time, so that the temporaries stay small; a multiple of the operator's blocks
+
+
 def pack_codes(q: Tensor, bits: int) -> Tensor:
-    """Codes (N, K) in 0 .. 2**bits - 1 -> (N, ceil(K / 8) * bits) bytes; 8 codes fill `bits` bytes, first code lowest."""
+    """Codes (N, K) in 0 .. 2**bits - 1 -> (N, ceil(K / 8) * bits) bytes: 8 codes fill `bits` bytes, first lowest."""
+    return torch.cat([_pack(rows, bits) for rows in q.split(CHUNK_ROWS)]) if len(q) else _pack(q, bits)
+
+
+def _pack(q: Tensor, bits: int) -> Tensor:
     padded = F.pad(q.long(), (0, -q.shape[1] % 8)).view(q.shape[0], -1, 8)
     words = (padded << (torch.arange(8) * bits)).sum(-1, keepdim=True)
     return ((words >> (torch.arange(bits) * 8)) & 255).to(torch.uint8).flatten(1)
@@ -31,6 +38,12 @@ def pack_codes(q: Tensor, bits: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack_codes`: (N, bytes) -> codes (N, columns), int32."""
+    if not len(packed):
+        return _unpack(packed, bits, columns)
+    return torch.cat([_unpack(rows, bits, columns) for rows in packed.split(CHUNK_ROWS)])
+
+
+def _unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     words = (packed.view(packed.shape[0], -1, bits).long() << (torch.arange(bits) * 8)).sum(-1, keepdim=True)
     codes = (words >> (torch.arange(8) * bits)) & (2**bits - 1)
     return codes.flatten(1)[:, :columns].int()
@@ -70,7 +83,7 @@ class _Packed(nn.Module):
 
     def _dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         if zero is None:
-            return (codes.float().view(*scale.shape, -1) * scale.float().unsqueeze(-1)).view(codes.shape[0], -1)
+            return (codes.float().view(*scale.shape, self.group) * scale.float().unsqueeze(-1)).view(codes.shape)
         return dequantize(unpack_codes(codes, self.bits, self.columns), scale, zero, self.bits)
 
     def dequantized(self) -> Tensor:
@@ -93,15 +106,17 @@ class PackedLinear(_Packed):
     """y = x W^T + b with W (out_features, in_features) packed.
 
     At the first product 4-bit codes take the layout of torch's operator for this machine; what is saved is always the
-    portable layout above.
+    portable layout above. Codes that are `shared` with an embedding stay as they are, beside that layout.
     """
 
-    def __init__(self, in_features: int, out_features: int, bits: int, group: int, bias: bool = False):
+    def __init__(
+        self, in_features: int, out_features: int, bits: int, group: int, bias: bool = False, shared: bool = False
+    ):
         super().__init__(out_features, in_features, bits, group)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.shared = in_features, out_features, shared
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self._int4: Tensor | None = None
-        self._grid: Tensor | None = None
+        self.register_buffer("_int4", None, persistent=False)  # codes and grid in the layout of this machine
+        self.register_buffer("_grid", None, persistent=False)
 
     @classmethod
     def from_codes(
@@ -122,6 +137,7 @@ class PackedLinear(_Packed):
             "bits": self.bits,
             "group": self.group,
             "bias": self.bias is not None,
+            "shared": self.shared,
         }
 
     def extra_repr(self) -> str:
@@ -140,35 +156,45 @@ class PackedLinear(_Packed):
         return self.bits == 4 and self.group in INT4_GROUPS
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        if self.fast:
-            y = self._packed_product(rows.bfloat16()).to(x.dtype)
-        else:
+        rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)
+        if not self.fast:
             y = F.linear(rows, self.dequantized().to(x.dtype))
+        elif rows.requires_grad and torch.is_grad_enabled():
+            y = _Differentiable.apply(rows, self)
+        else:
+            y = self.packed_product(rows)
         if self.bias is not None:
-            y = y + self.bias
+            y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _packed_product(self, rows: Tensor) -> Tensor:
+    def packed_product(self, rows: Tensor) -> Tensor:
+        """(M, in_features) -> (M, out_features) by torch's packed operator, without the bias."""
+        x = rows.bfloat16().contiguous()
         if self.bits == 8:
-            return torch.ops.aten._weight_int8pack_mm(rows, self.codes, self.scale.view(-1))
+            return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale.view(-1)).to(rows.dtype)
         if self._int4 is None:
             self._lay_out_for_this_machine()
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._int4, self.group, self._grid)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._int4, self.group, self._grid).to(rows.dtype)
 
     def _lay_out_for_this_machine(self) -> None:
-        q = unpack_codes(self.codes, 4, self.in_features)
-        self._int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        """Make what the operator reads; the buffers then show that memory, so that it is counted and copied once."""
+        chunks = [unpack_codes(rows, 4, self.in_features) for rows in self.codes.split(CHUNK_ROWS)]
+        self._int4 = torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1) for q in chunks])
         self._grid = torch.stack([self.scale.T, self.zero.T], -1).contiguous()
-        empty = torch.empty(0)
-        self.codes, self.scale, self.zero = empty.to(torch.uint8), empty.bfloat16(), empty.bfloat16()
+        if not self.shared:
+            self.codes = self._int4
+            self.scale, self.zero = (t.T for t in self._grid.unbind(-1))
+
+    def set_codes_(self, q: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+        self._int4 = self._grid = None
+        super().set_codes_(q, scale, zero)
 
     def tensors(self) -> dict[str, Tensor]:
-        if self._int4 is None:
+        if self._int4 is None or self.shared:
             return super().tensors()
-        codes = pack_codes(_int4_codes(self._int4, self.out_features, self.in_features), 4)
-        scale, zero = self._grid.unbind(-1)
-        return {"codes": codes, "scale": scale.T.contiguous(), "zero": zero.T.contiguous()}
+        chunks = self._int4.split(CHUNK_ROWS)
+        codes = torch.cat([pack_codes(_int4_codes(rows, len(rows), self.in_features), 4) for rows in chunks])
+        return {"codes": codes, "scale": self.scale.contiguous(), "zero": self.zero.contiguous()}
 
     def dequantized(self) -> Tensor:
         tensors = self.tensors()
@@ -177,6 +203,25 @@ class PackedLinear(_Packed):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor for name, tensor in self.tensors().items()})
+
+    def _load_from_state_dict(self, *args):
+        for name, tensor in self.tensors().items():
+            setattr(self, name, tensor)
+        self._int4 = self._grid = None
+        super()._load_from_state_dict(*args)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The packed product with a gradient for its input, which torch's operators lack."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, layer: PackedLinear) -> Tensor:  # type: ignore[override]
+        ctx.layer = layer
+        return layer.packed_product(rows)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return slope @ ctx.layer.dequantized().to(slope.dtype), None
 
 
 def _int4_codes(packed: Tensor, rows: int, columns: int) -> Tensor:
@@ -222,7 +267,7 @@ class PackedEmbedding(_Packed):
 
 def quantizable(model: nn.Module) -> list[str]:
     """Names of plain linear layers (the head included) whose weights can be packed, in the order of the model."""
-    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear and name]
 
 
 Codes = tuple[Tensor, Tensor, Tensor | None, int, int]  # q, scale, zero, bits, group
@@ -236,7 +281,10 @@ def replace_linears_(model: nn.Module, layers: Mapping[str, Any], codes_of: Call
     plan = anatomy(model)
     for name, settings in layers.items():
         linear = model.get_submodule(name)
-        q, scale, zero, bits, group = codes_of(name, linear, settings)  # type: ignore[arg-type]
+        try:
+            q, scale, zero, bits, group = codes_of(name, linear, settings)  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(f"layer {name!r}: {error}") from None
         packed = PackedLinear.from_codes(q, scale, zero, bits, group, linear.bias)
         if name == plan.head and plan.tied:
             _share_with_embedding_(model, plan.embedding, packed)
@@ -248,6 +296,7 @@ def _share_with_embedding_(model: nn.Module, name: str, head: PackedLinear) -> N
     old = model.get_submodule(name)
     factor = float(getattr(old, "embed_scale", 1.0))
     table = PackedEmbedding(head.rows, head.columns, head.bits, head.group, factor)
+    head.shared = True
     for key, tensor in head.tensors().items():
         setattr(table, key, tensor)
     set_module(model, name, table)
