@@ -14,6 +14,13 @@ from lilliput.workload import Workload, windows
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_a_quiet_machine(request, monkeypatch):
+    """Tests judge no times, so they need not wait for other work to end; the tests of the waiting itself do wait."""
+    if "metrics" not in request.path.parts:
+        monkeypatch.setattr("lilliput.metrics.latency.wait_until_quiet", lambda *args, **options: 0.0)
+
+
 class TinyCnn(nn.Module):
     """conv-bn-relu, a residual pair, a classifier: (B, 1, 16, 16) -> (B, 10)."""
 

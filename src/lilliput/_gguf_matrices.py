@@ -1,7 +1,7 @@
 """Matrices as GGUF tensors: a packed layer's own codes in blocks of 32, anything else in the smallest fitting type.
 
-8 bits become Q8_0 (w = q d), 4 bits and fewer Q4_1 (w = q d + m), or Q4_0 (w = (q - 8) d) when the grid has no zero points;
-d and m are float16. So the file holds the weights that were measured, not weights that were rounded twice.
+8 bits become Q8_0 (w = q d), 4 bits and fewer Q4_1 (w = q d + m), or Q4_0 (w = (q - 8) d) when the grid has no zero
+points; d and m are float16. So the file holds the weights that were measured, not weights that were rounded twice.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ ACCEPTABLE_ERROR = 0.01  # relative, of a matrix that is rounded anew
 
 
 def gguf_package() -> Any:
+    """The package, imported late. Raises UserError when it is not installed."""
     try:
         import gguf
     except ImportError:
@@ -76,7 +77,7 @@ def _packed_blocks(layer: PackedLinear | PackedEmbedding) -> tuple[str, np.ndarr
 def dense(layer: nn.Module) -> Tensor:
     """The matrix (out, in) of a linear layer, an embedding, a packed one, or low-rank factors, float32."""
     if isinstance(layer, nn.Sequential):
-        return reduce(lambda product, factor: dense(factor) @ product, layer[1:], dense(layer[0]))
+        return reduce(lambda product, matrix: matrix @ product, map(dense, layer))
     if type(layer) in (nn.Linear, nn.Embedding):
         return layer.weight.detach().float()  # type: ignore[union-attr, operator]
     return layer.dequantized()  # type: ignore[operator]
@@ -85,11 +86,12 @@ def dense(layer: nn.Module) -> Tensor:
 def is_matrix(layer: nn.Module) -> bool:
     """Whether `dense` says all that the layer does but for its bias."""
     if type(layer) is nn.Sequential and len(layer):
-        return all(map(is_matrix, layer)) and all(getattr(f, "bias", None) is None for f in layer[:-1])
+        return all(map(is_matrix, layer)) and all(getattr(f, "bias", None) is None for f in list(layer)[:-1])
     return type(layer) in (nn.Linear, nn.Embedding) or hasattr(layer, "dequantized")
 
 
 def describe(layer: nn.Module) -> str:
+    """How a layer holds its matrix: '4-bit', 'low-rank' or 'float'."""
     if isinstance(layer, nn.Sequential):
         return "low-rank"
     bits = getattr(layer, "bits", None)
@@ -117,6 +119,7 @@ def encode(layer: nn.Module, matrices: str = "F16") -> tuple[str, np.ndarray]:
 
 
 def decode(data: np.ndarray, kind: str) -> np.ndarray:
+    """The float32 values of a tensor of a GGUF type."""
     gguf = gguf_package()
     return gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
 

@@ -1,4 +1,4 @@
-"""An artifact as one file for other engines: ONNX for classifiers, GGUF for language models, checked before it appears."""
+"""An artifact as one file for other engines: ONNX for classifiers, GGUF for language models; checked."""
 
 from __future__ import annotations
 

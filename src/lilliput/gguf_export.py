@@ -1,21 +1,16 @@
 """A Llama-type language model as one GGUF file for llama.cpp, read back and compared before it appears.
 
-Packed weights keep their codes q where a block of 32 can hold them: 8 bits as Q8_0 (w = q d), 4 bits and fewer as Q4_1
-(w = q d + m), or as Q4_0 (w = (q - 8) d) when the grid has no zero points; d and m are float16.
-
-llama.cpp rotates neighbouring values (2i, 2i+1) of a head, transformers the values (i, i + d/2): the rows of q and k are
-reordered, except for its `qwen2`, which rotates as transformers does. Its `llama` and `qwen2` read one size for all
+llama.cpp rotates neighbouring values (2i, 2i+1) of a head, transformers the values (i, i + d/2): the rows of q and k
+are reordered, except for its `qwen2`, which rotates as transformers does. Its `llama` and `qwen2` read one size for all
 layers; a model whose layers differ, as after pruning, is written as `deci`: Llama with sizes per layer.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lilliput.errors import UserError, missing_extra
-from lilliput.methods.quantize._packed import PackedEmbedding, PackedLinear, unpack_codes
+from lilliput._gguf_matrices import (
+    ACCEPTABLE_ERROR,
+    decode,
+    dense,
+    describe,
+    encode,
+    gguf_package,
+    is_matrix,
+    relative_error,
+)
+from lilliput._gguf_tokenizer import add_tokenizer
+from lilliput.errors import UserError
 
-BLOCK = 32  # weights that share a scale in the types below
-SMALLEST_FIRST = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 FLOAT_TYPES = ("F16", "BF16", "F32")
-ACCEPTABLE_ERROR = 0.01  # relative, of a matrix that is rounded anew
 LIMITS = {"F32": 1e-6, "F16": 1e-3, "BF16": 5e-3}  # relative errors allowed when the file is read back
 ROTATIONS = ("default", "linear", "llama3")  # those that only scale the frequencies
 ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
@@ -37,7 +39,7 @@ MLP = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 
 
 def export_gguf(
-    model: nn.Module, path: str | Path, tokenizer: Any = None, name: str = "model", matrices: str = "F16"
+    model: Any, path: str | Path, tokenizer: Any = None, name: str = "model", matrices: str = "F16"
 ) -> dict[str, Any]:
     """Write a Llama or Qwen2 model of transformers to a GGUF file and return what each tensor became.
 
@@ -50,9 +52,9 @@ def export_gguf(
     factors = rotary_factors(model)
     architecture = choose_architecture(model, sizes, factors)
     entries = list(_entries(model, sizes, factors, architecture))
-    writer = _gguf().GGUFWriter(None, architecture)
+    writer = gguf_package().GGUFWriter(None, architecture)
     _add_settings(writer, model, sizes, name)
-    pre = _add_tokenizer(writer, tokenizer, model)
+    pre = add_tokenizer(writer, tokenizer, model.model.embed_tokens.num_embeddings)
     stored, kinds = _add_tensors(writer, entries, matrices)
     path = Path(path)
     errors = _write(writer, path, entries)
@@ -68,60 +70,9 @@ def export_gguf(
     }
 
 
-def _gguf() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise missing_extra("gguf", "gguf") from None
-    return gguf
-
-
-# --- blocks ----------------------------------------------------------------------------------------------------
-
-
-def q8_0_blocks(codes: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Codes (N, K) in -128 .. 127 and a scale per block (N, K / 32) -> bytes (N, K / 32 * 34)."""
-    blocks = codes.astype(np.int8).reshape(*d.shape, BLOCK)
-    return np.concatenate((_half(d), blocks.view(np.uint8)), -1).reshape(len(codes), -1)
-
-
-def q4_blocks(codes: np.ndarray, d: np.ndarray, m: np.ndarray | None = None) -> np.ndarray:
-    """Codes (N, K) in 0 .. 15, a scale and for Q4_1 a minimum per block (N, K / 32) -> bytes (N, K / 32 * 18 or 20).
-
-    A byte holds weight j of a block in its low half and weight j + 16 in its high half.
-    """
-    halves = codes.astype(np.uint8).reshape(*d.shape, 2, BLOCK // 2)
-    nibbles = halves[..., 0, :] | (halves[..., 1, :] << 4)
-    grids = [_half(d)] if m is None else [_half(d), _half(m)]
-    return np.concatenate((*grids, nibbles), -1).reshape(len(codes), -1)
-
-
-def _half(values: np.ndarray) -> np.ndarray:
-    """(N, B) -> the two bytes of each as float16, (N, B, 2)."""
-    with np.errstate(over="ignore"):
-        return values.astype("<f2")[..., None].view(np.uint8)
-
-
 def rotary_order(heads: int, head_dim: int) -> np.ndarray:
     """For each row of q or k in the file its row in transformers: (i, i + d/2) of a head become neighbours."""
     return np.arange(heads * head_dim).reshape(heads, 2, head_dim // 2).swapaxes(1, 2).ravel()
-
-
-def _packed_blocks(layer: PackedLinear | PackedEmbedding) -> tuple[str, np.ndarray]:
-    """The layer's own codes in GGUF blocks; its group must be a multiple of 32."""
-    stored = {key: tensor.float().numpy() for key, tensor in layer.tensors().items() if key != "codes"}
-    d = stored["scale"].repeat(layer.group // BLOCK, 1)
-    codes = layer.tensors()["codes"]
-    if layer.bits == 8:
-        return "Q8_0", q8_0_blocks(codes.numpy(), d)
-    middle = 2 ** (layer.bits - 1)
-    q = unpack_codes(codes, layer.bits, layer.columns).numpy()
-    if not stored["zero"].any():
-        return "Q4_0", q4_blocks(q + 8 - middle, d)
-    return "Q4_1", q4_blocks(q, d, stored["zero"].repeat(layer.group // BLOCK, 1) - middle * d)
-
-
-# --- layers ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -138,63 +89,6 @@ class Entry:
 
     def ordered(self, rows: np.ndarray) -> np.ndarray:
         return rows if self.order is None else rows[self.order]
-
-
-@torch.no_grad()
-def dense(layer: nn.Module) -> Tensor:
-    """The matrix (out, in) of a linear layer, an embedding, a packed one, or low-rank factors, float32."""
-    if isinstance(layer, nn.Sequential):
-        return reduce(lambda product, factor: dense(factor) @ product, layer[1:], dense(layer[0]))
-    if type(layer) in (nn.Linear, nn.Embedding):
-        return layer.weight.detach().float()  # type: ignore[union-attr, operator]
-    return layer.dequantized()  # type: ignore[operator]
-
-
-def _is_matrix(layer: nn.Module) -> bool:
-    """Whether `dense` says all that the layer does but for its bias."""
-    if type(layer) is nn.Sequential and len(layer):
-        return all(map(_is_matrix, layer)) and all(getattr(f, "bias", None) is None for f in layer[:-1])
-    return type(layer) in (nn.Linear, nn.Embedding) or hasattr(layer, "dequantized")
-
-
-def _describe(layer: nn.Module) -> str:
-    if isinstance(layer, nn.Sequential):
-        return "low-rank"
-    bits = getattr(layer, "bits", None)
-    return f"{bits}-bit" if bits else "float"
-
-
-def encode(layer: nn.Module, matrices: str = "F16") -> tuple[str, np.ndarray]:
-    """The layer's matrix as (type, rows of bytes or floats): the smallest type whose error is acceptable.
-
-    The codes of a packed layer are kept; where they do not fit, and for low-rank factors merged, the types of the gguf
-    package are tried from small to large, and `matrices` is the last. A float matrix gets `matrices` at once.
-    """
-    gguf, weight = _gguf(), dense(layer).numpy()
-    own = isinstance(layer, PackedLinear | PackedEmbedding) and layer.group % BLOCK == 0
-    if own:
-        kind, data = _packed_blocks(layer)  # type: ignore[arg-type]
-        if _error(_decode(data, kind), weight) <= ACCEPTABLE_ERROR:
-            return kind, data
-    if _describe(layer) != "float" and weight.shape[1] % BLOCK == 0:
-        for kind in SMALLEST_FIRST:
-            data = gguf.quantize(weight, gguf.GGMLQuantizationType[kind])
-            if _error(_decode(data, kind), weight) <= ACCEPTABLE_ERROR:
-                return kind, data
-    return matrices, gguf.quantize(weight, gguf.GGMLQuantizationType[matrices])
-
-
-def _decode(data: np.ndarray, kind: str) -> np.ndarray:
-    gguf = _gguf()
-    return gguf.dequantize(data, gguf.GGMLQuantizationType[kind])
-
-
-def _error(ours: np.ndarray, reference: np.ndarray) -> float:
-    """Norm of the difference over the norm of the reference; infinite for NaN or another shape."""
-    if ours.shape != reference.shape or not np.isfinite(ours).all():
-        return float("inf")
-    size = float(np.linalg.norm(reference.ravel().astype(np.float64)))
-    return float(np.linalg.norm((ours - reference).ravel().astype(np.float64))) / max(size, 1e-12)
 
 
 # --- the model -------------------------------------------------------------------------------------------------
@@ -224,13 +118,13 @@ def read_sizes(model: Any) -> Sizes:
     _check_matrix("model.embed_tokens", model.model.embed_tokens)
     _check_matrix("lm_head", model.lm_head)
     head_dim = layers[0][1].self_attn.head_dim
-    rows = [[len(dense(m)) for m in (x.self_attn.q_proj, x.self_attn.k_proj, x.mlp.up_proj)] for _, x in layers]
+    rows = [[_outputs(m) for m in (x.self_attn.q_proj, x.self_attn.k_proj, x.mlp.up_proj)] for _, x in layers]
     for (name, layer), (q, k, _) in zip(layers, rows):
         if layer.self_attn.head_dim != head_dim:
             raise UserError(f"{name} has heads of {layer.self_attn.head_dim} values, others of {head_dim}; {_ONE_SIZE}")
         if q % head_dim or k % head_dim or not k or (q // head_dim) % (k // head_dim):
             raise UserError(
-                f"{name} has {q} query and {k} key outputs, which are not heads of {head_dim} shared evenly; {_ONE_SIZE}"
+                f"{name} has {q} query and {k} key outputs, not heads of {head_dim} that are shared evenly; {_ONE_SIZE}"
             )
     q, k, up = zip(*rows)
     return Sizes([n // head_dim for n in q], [n // head_dim for n in k], list(up), head_dim)
@@ -258,7 +152,7 @@ def _check_config(model: Any) -> None:
 
 
 def _check_matrix(name: str, layer: nn.Module) -> None:
-    if not _is_matrix(layer):
+    if not is_matrix(layer):
         raise UserError(
             f"layer {name} is a {type(layer).__name__}, which GGUF has no form for; leave that layer out of the method "
             "that made it"
@@ -288,6 +182,11 @@ def choose_architecture(model: Any, sizes: Sizes, factors: Tensor | None) -> str
 
 def _part(layer: Any, name: str) -> nn.Module:
     return layer.get_submodule(f"{'self_attn' if name in ATTENTION else 'mlp'}.{name}")
+
+
+def _outputs(layer: nn.Module) -> int:
+    last: Any = layer[-1] if isinstance(layer, nn.Sequential) else layer
+    return last.out_features
 
 
 def _bias(layer: nn.Module) -> Tensor | None:
@@ -340,7 +239,7 @@ def _add_settings(writer: Any, model: Any, sizes: Sizes, name: str) -> None:
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(model.model.embed_tokens.num_embeddings)
-    writer.add_quantization_version(_gguf().GGML_QUANT_VERSION)
+    writer.add_quantization_version(gguf_package().GGML_QUANT_VERSION)
 
 
 def _add_tensors(writer: Any, entries: list[Entry], matrices: str) -> tuple[Counter, Counter]:
@@ -349,15 +248,15 @@ def _add_tensors(writer: Any, entries: list[Entry], matrices: str) -> tuple[Coun
     for entry in entries:
         if isinstance(entry.source, nn.Module):
             kind, data = encode(entry.source, matrices)
-            stored[f"{_describe(entry.source)} as {kind}"] += 1
+            stored[f"{describe(entry.source)} as {kind}"] += 1
             weights[kind] += data.size
         else:
             kind, data = "F32", entry.source.numpy()
         kinds[kind] += 1
         data = np.ascontiguousarray(entry.ordered(data))
-        writer.add_tensor(entry.name, data, raw_dtype=_gguf().GGMLQuantizationType[kind])
+        writer.add_tensor(entry.name, data, raw_dtype=gguf_package().GGMLQuantizationType[kind])
     most = weights.most_common(1)[0][0]
-    file_types = _gguf().LlamaFileType
+    file_types = gguf_package().LlamaFileType
     writer.add_file_type(file_types[{"F32": "ALL_F32"}.get(most, f"MOSTLY_{most}")])
     return stored, kinds
 
@@ -379,14 +278,14 @@ def _write(writer: Any, path: Path, entries: list[Entry]) -> dict[str, float]:
 
 def read_back(path: Path, entries: list[Entry]) -> dict[str, float]:
     """The largest relative error per type of the file's tensors. Raises UserError when one differs too much."""
-    found = {t.name: t for t in _gguf().GGUFReader(path).tensors}
+    found = {t.name: t for t in gguf_package().GGUFReader(path).tensors}
     if set(found) != {entry.name for entry in entries}:
         raise UserError(f"the GGUF file holds other tensors than the model: {set(found) ^ {e.name for e in entries}}")
     errors: dict[str, float] = {}
     for entry in entries:
         tensor = found[entry.name]
         kind = tensor.tensor_type.name
-        error = _error(_decode(tensor.data, kind), entry.values())
+        error = relative_error(decode(tensor.data, kind), entry.values())
         if not error <= LIMITS.get(kind, ACCEPTABLE_ERROR):
             raise UserError(
                 f"{entry.name} differs by {error:.3g} (relative) when read back as {kind}; its values do not fit that "
@@ -394,77 +293,3 @@ def read_back(path: Path, entries: list[Entry]) -> dict[str, float]:
             )
         errors[kind] = max(errors.get(kind, 0.0), error)
     return errors
-
-
-# --- the tokenizer ---------------------------------------------------------------------------------------------
-
-LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PATTERNS = {LLAMA3_PATTERN: "llama-bpe", LLAMA3_PATTERN.replace("{1,3}", ""): "qwen2"}
-
-
-def _add_tokenizer(writer: Any, tokenizer: Any, model: Any) -> str:
-    """Write the vocabulary of a fast byte-level BPE tokenizer and return llama.cpp's name of how it splits text."""
-    if tokenizer is None:
-        writer.add_tokenizer_model("no_vocab")
-        return "none: the file takes token ids only"
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
-    pre = pre_tokenizer_name(data)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    tokens, types = _tokens(data, model.model.embed_tokens.num_embeddings)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    merges = data["model"]["merges"]
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    for kind in ("bos", "eos", "unk", "pad"):
-        number = getattr(tokenizer, f"{kind}_token_id")
-        if number is not None:
-            getattr(writer, f"add_{kind}_token_id")(number)
-    ids = tokenizer("a")["input_ids"]
-    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id])
-    writer.add_add_space_prefix(False)
-    template = tokenizer.chat_template
-    if template:
-        writer.add_chat_template(template if isinstance(template, str) else template["default"])
-    return pre
-
-
-def _tokens(data: dict[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """Tokens in the order of their ids and llama.cpp's type of each, filled up to the rows of the embedding."""
-    kinds = _gguf().TokenType
-    found = {i: (text, kinds.NORMAL) for text, i in data["model"]["vocab"].items()}
-    for added in data["added_tokens"]:
-        found[added["id"]] = (added["content"], kinds.CONTROL if added["special"] else kinds.USER_DEFINED)
-    if found and max(found) >= rows:
-        raise UserError(
-            f"the tokenizer makes token {max(found)}, but the embedding has {rows} rows; save them together"
-        )
-    filled = [found.get(i, (f"[PAD{i}]", kinds.UNUSED)) for i in range(rows)]
-    return [text for text, _ in filled], [int(kind) for _, kind in filled]
-
-
-def pre_tokenizer_name(data: dict[str, Any]) -> str:
-    """llama.cpp's name of how a tokenizer.json splits text before it merges: gpt-2, smollm, llama-bpe or qwen2.
-
-    A tokenizer that transformers rebuilt from a GGUF file has lost the rule that every digit stands alone; a vocabulary
-    in which no digit touches another character tells that it was trained with it.
-    """
-    steps = data.get("pre_tokenizer") or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    kinds = [step.get("type") for step in steps]
-    if data["model"].get("type") == "BPE" and kinds[-1:] == ["ByteLevel"]:
-        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
-            return "smollm"
-        if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-            return "smollm" if _digits_stand_alone(data["model"]["vocab"]) else "gpt-2"
-        if kinds == ["Split", "ByteLevel"] and steps[0]["pattern"].get("Regex") in PATTERNS:
-            return PATTERNS[steps[0]["pattern"]["Regex"]]
-    raise UserError(
-        f"the tokenizer splits text by {kinds}, which is none of llama.cpp's known ways (byte-level gpt-2, smollm, "
-        "llama-bpe, qwen2); export the model without its tokenizer.json"
-    )
-
-
-def _digits_stand_alone(vocabulary: dict[str, int]) -> bool:
-    with_digit = [t for t in vocabulary if any("0" <= c <= "9" for c in t) and not t.startswith("<")]
-    return bool(with_digit) and all(len(t) == 1 for t in with_digit)

@@ -114,6 +114,17 @@ class DecoderSpace(Space):
         ms = sum(ms for ms, _ in per_layer) * self.scale_ms + self.overhead_ms * (len(self.blocks) - dropped)
         return {"token_ms": ms, "memory_bytes": weights + self.fixed_bytes, "size_bytes": weights}
 
+    def layer_ms(self, genome: Genome) -> dict[str, float]:
+        """Predicted milliseconds of a token in each block and in the head; they add up to `costs`' token_ms."""
+        per_layer = [self.layer_cost(i, genome)[0] * self.scale_ms for i in range(len(self.layers))]
+        gone = {self.units[u].block for u in self._drop_units() if genome[u]}
+        found = {name: 0.0 if i in gone else self.overhead_ms for i, name in enumerate(self.blocks)}
+        for layer, ms in zip(self.layers, per_layer):
+            unit = self.units[layer.format_unit]
+            name = unit.name if unit.block is None else self.blocks[unit.block]
+            found[name] = found.get(name, 0.0) + ms
+        return found
+
     def _drop_units(self) -> set[int]:
         return {layer.drop_unit for layer in self.layers if layer.drop_unit >= 0}
 

@@ -154,6 +154,7 @@ def test_the_bias_takes_the_mean_error():
     x = torch.rand(200, 16) + 0.5
     y = x + 0.3
     codes, step, bias = quantize_layer(layer, Gpfq(bits=2, correct_bias=True), moments_of(x, y))
+    assert bias is not None
     changed = y @ (codes[0] * step.T).T + bias
     torch.testing.assert_close(changed.mean(0), layer(x).detach().mean(0), rtol=1e-4, atol=1e-4)
 

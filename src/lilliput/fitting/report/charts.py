@@ -43,7 +43,9 @@ def _layer_bars(rows: Sequence[Record], kind: str, key: str) -> Figure:
             "y": [v / scale for v in values],
             "width": width,
             "marker": {"color": colour, "cornerradius": 3},
-            "hovertext": [f"<b>{words.plain(r['name'])}</b><br>{side} {words.show(key, v)}" for r, v in zip(rows, values)],
+            "hovertext": [
+                f"<b>{words.plain(r['name'])}</b><br>{side} {words.show(key, v)}" for r, v in zip(rows, values)
+            ],
             "hoverinfo": "text",
         }
 
@@ -54,7 +56,7 @@ def _layer_bars(rows: Sequence[Record], kind: str, key: str) -> Figure:
     chart = layout(300 if level else 360) | {
         "barmode": "overlay",
         "xaxis": axis(group) | ticks | turned,
-        "yaxis": axis("weights (" + unit + ")" if kind == "bytes" else f"time ({unit})"),
+        "yaxis": axis(f"weights ({unit})" if kind == "bytes" else f"time ({unit}, predicted)"),
         "legend": LEGEND,
     }
     return {"data": [bars("before", BEFORE, 0.82), bars("after", AFTER, 0.5)], "layout": chart}
@@ -62,7 +64,10 @@ def _layer_bars(rows: Sequence[Record], kind: str, key: str) -> Figure:
 
 def quality(record: Record) -> Figure:
     """Score on test data before and after, with its 95 % interval."""
-    scores = [("fitted", record["verify"]["score_after"], AFTER), ("original", record["verify"]["score_before"], BEFORE)]
+    scores = [
+        ("fitted", record["verify"]["score_after"], AFTER),
+        ("original", record["verify"]["score_before"], BEFORE),
+    ]
     scores = [s for s in scores if all(words.finite(s[1][k]) for k in ("value", "low", "high"))]
     error = {
         "type": "data",
@@ -73,7 +78,10 @@ def quality(record: Record) -> Figure:
         "thickness": 1.4,
         "width": 6,
     }
-    texts = [f"{words.number(s['value'])}{s['unit']}  [{words.number(s['low'])}, {words.number(s['high'])}]" for _, s, _ in scores]
+    texts = [
+        f"{words.number(s['value'])}{s['unit']}  [{words.number(s['low'])}, {words.number(s['high'])}]"
+        for _, s, _ in scores
+    ]
     bar = {
         "type": "bar",
         "orientation": "h",
@@ -93,38 +101,53 @@ def quality(record: Record) -> Figure:
 
 def predicted(record: Record, key: str) -> Figure | None:
     """Predicted against measured over the built candidates; `key` is a cost or "damage". None below two points."""
-    pairs = []
-    for c in record.get("candidates", ()):
+    rows = []
+    for c in record.get("candidates") or []:
         guess, found = (c.get("predicted") or {}).get(key), c["damage"] if key == "damage" else c["measured"].get(key)
         if words.finite(guess) and words.finite(found):
-            pairs.append((guess, found, c["name"], c["number"] == record.get("chosen")))
-    if len(pairs) < 2:
+            rows.append((c, guess, found))
+    if len(rows) < 2:
         return None
-    scale, unit = (1.0, "nats") if key == "damage" else words.unit_of(key, [p for pair in pairs for p in pair[:2]])
-    values = [v / scale for pair in pairs for v in pair[:2]]
+    values = [v for _, guess, found in rows for v in (guess, found)]
+    scale, unit = (1.0, "nats") if key == "damage" else words.unit_of(key, values)
     wide = min(values) > 0 and max(values) > 30 * min(values)
-    span = padded([math.log10(v) for v in values] if wide else values, 0.1)
+    span = padded([math.log10(v / scale) if wide else v / scale for v in values], 0.1)
     spread = {"type": "log", "range": span, "dtick": 1} if wide else {"range": span}
-    ends = [10**v for v in span] if wide else span
-    line = {"type": "scatter", "mode": "lines", "x": ends, "y": ends, "line": {"color": BEFORE, "dash": "dot", "width": 1}}
-    dots = {
-        "type": "scatter",
-        "mode": "markers",
-        "x": [p[0] / scale for p in pairs],
-        "y": [p[1] / scale for p in pairs],
-        "marker": {
-            "size": [13 if p[3] else 8 for p in pairs],
-            "symbol": ["star" if p[3] else "circle" for p in pairs],
-            "color": AFTER,
-            "opacity": 0.85,
-        },
-        "hovertext": [f"<b>{words.plain(p[2])}</b><br>predicted {p[0] / scale:.3g} {unit}<br>measured {p[1] / scale:.3g} {unit}" for p in pairs],
-        "hoverinfo": "text",
-    }  # fmt: skip
     chart = layout(260) | {
         "showlegend": False,
         "xaxis": axis(f"predicted ({unit})") | spread,
         "yaxis": axis(f"measured ({unit})") | spread,
         "margin": {"l": 20, "r": 10, "t": 8, "b": 20},
     }
-    return {"data": [line | {"hoverinfo": "skip"}, dots], "layout": chart}
+    return {
+        "data": [_diagonal([10**v for v in span] if wide else span), _dots(record, rows, scale, unit)],
+        "layout": chart,
+    }
+
+
+def _diagonal(ends: Sequence[float]) -> Figure:
+    line = {"color": BEFORE, "dash": "dot", "width": 1}
+    return {"type": "scatter", "mode": "lines", "x": ends, "y": ends, "line": line, "hoverinfo": "skip"}
+
+
+def _dots(record: Record, rows: Sequence[tuple[Record, float, float]], scale: float, unit: str) -> Figure:
+    """(candidate, predicted, measured) as points; the chosen one is a star."""
+    stars = [c["number"] == record.get("chosen") for c, _, _ in rows]
+    texts = [
+        f"<b>{words.plain(c['name'])}</b><br>predicted {guess / scale:.3g} {unit}<br>measured {found / scale:.3g} {unit}"
+        for c, guess, found in rows
+    ]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [guess / scale for _, guess, _ in rows],
+        "y": [found / scale for _, _, found in rows],
+        "marker": {
+            "size": [13 if star else 8 for star in stars],
+            "symbol": ["star" if star else "circle" for star in stars],
+            "color": AFTER,
+            "opacity": 0.85,
+        },
+        "hovertext": texts,
+        "hoverinfo": "text",
+    }

@@ -6,7 +6,20 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 LETTER, LINE, GAP = 6.9, 16.0, 11.0  # pixels: width of a letter and height of a line at size 12, distance from a point
-_SIDES = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 2.2), (0, -2.2), (1, 2.2), (1, -2.2)]
+_SIDES = [
+    (1, 0),
+    (-1, 0),
+    (0, 1),
+    (0, -1),
+    (1, 1),
+    (1, -1),
+    (-1, 1),
+    (-1, -1),
+    (0, 2.2),
+    (0, -2.2),
+    (1, 2.2),
+    (1, -2.2),
+]
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 

@@ -15,6 +15,7 @@ from lilliput import __version__
 from lilliput.cache import write_atomically
 from lilliput.fitting.report import charts, sections, words
 from lilliput.fitting.report.front import front
+from lilliput.fitting.report.heat import heat
 
 HERE = Path(__file__).parent
 
@@ -64,7 +65,7 @@ def _sections(record: Mapping[str, Any]) -> dict[str, Any]:
         "cards": sections.cards(record),
         "speed": sections.speed(record),
         "warnings": sections.warnings(record),
-        "heat": sections.heat(record),
+        "heat": heat(record),
         "difference": sections.difference(record),
         "damage": sections.damage(record),
         "classes": sections.classes(record),

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Mapping
 from typing import Any
 
 from lilliput.fitting.report import words
 from lilliput.fitting.report.charts import short_names
+from lilliput.fitting.report.drawing import Record
 from lilliput.metrics.latency import QUIET
 
-Record = Mapping[str, Any]
 LISTED_CLASSES = 10
-GONE = {"text": words.MISSING, "strength": 0.0, "kind": "parts", "dark": False}
 
 
 def cards(record: Record) -> list[dict[str, Any]]:
@@ -29,8 +26,7 @@ def _cost_card(record: Record, key: str, before: Any, after: Any, limit: float |
     top = max((v for v in (before, after, limit) if words.finite(v)), default=1.0) or 1.0
     change = words.change(key, before, after)
     if key in words.TIMES and key not in record.get("modelled", ()):
-        gain = record["verify"].get("speedup", {}).get("gain", True)
-        change = "no gain beyond the noise" if "faster" in change and not gain else change
+        change = _paired(record["verify"].get("speedup") or {}, change)
     return {
         "title": words.title(key),
         "before": words.show(key, before),
@@ -38,12 +34,22 @@ def _cost_card(record: Record, key: str, before: Any, after: Any, limit: float |
         "change": change,
         "limit": words.show(key, limit) if limit is not None else "",
         "met": limit is None or words.met({key: limit}, {key: after}),
-        "worse": words.finite(before) and words.finite(after) and after > 1.02 * before,
+        "worse": change.endswith(("slower", "larger", "more")),
         "modelled": words.is_modelled(record, key),
         "before_width": _width(before, top),
         "after_width": _width(after, top),
         "limit_at": _width(limit, top) if limit is not None else None,
     }
+
+
+def _paired(speedup: Record, change: str) -> str:
+    """What became of the time, as far as the comparison side by side bears it out."""
+    low, high = speedup.get("low"), speedup.get("high")
+    if not (words.finite(low) and words.finite(high)):
+        return change
+    if low <= 1 <= high:
+        return "no gain beyond the noise"
+    return change if (low > 1) == change.endswith("faster") else f"but {'faster' if low > 1 else 'slower'} side by side"
 
 
 def _quality_card(record: Record) -> dict[str, Any]:
@@ -56,7 +62,7 @@ def _quality_card(record: Record) -> dict[str, Any]:
         "title": before["name"],
         "before": words.number(before["value"]) + before["unit"],
         "after": words.number(after["value"]) + after["unit"],
-        "change": "unchanged" if drop == 0 else change,
+        "change": "unchanged" if drop == 0 else change + (", may be chance" if _chance(verify) else ""),
         "limit": f"{words.share(limit)} worse" if limit is not None else "",
         "met": limit is None or words.met({"drop": limit}, {"drop": drop}),
         "worse": False,
@@ -65,6 +71,12 @@ def _quality_card(record: Record) -> dict[str, Any]:
         "after_width": _width(after["value"], top),
         "limit_at": None,
     }
+
+
+def _chance(verify: Record) -> bool:
+    """Whether the paired difference's interval includes zero."""
+    d = verify.get("difference") or {}
+    return words.finite(d.get("low")) and words.finite(d.get("high")) and d["low"] <= 0 <= d["high"]
 
 
 def _width(value: Any, top: float) -> float:
@@ -100,65 +112,6 @@ def warnings(record: Record) -> list[str]:
     return found
 
 
-def heat(record: Record) -> dict[str, Any] | None:
-    """The settings as a grid of cells (rows: blocks or layers, columns: parts) and those outside it."""
-    units = record.get("heat") or []
-    if not units:
-        return None
-    blocks = any(u["block"] is not None for u in units)
-    inside = [u for u in units if u["block"] is not None] if blocks else units
-    outside = [u for u in units if u["block"] is None] if blocks else []
-    columns = list(dict.fromkeys(u["part"] for u in inside))
-    rows: dict[str, dict[str, dict[str, Any]]] = {}
-    for u in inside:
-        rows.setdefault(_row_name(u, blocks), {})[u["part"]] = _cell(u)
-    order = [r["name"] for r in record.get("layers") or []]
-    listed = sorted(rows.items(), key=lambda row: order.index(row[0]) if row[0] in order else -1)
-    for cells in rows.values():
-        if any(cell["text"] == "drop" for cell in cells.values()):  # nothing else matters of a block that is gone
-            cells.update({part: GONE for part, cell in cells.items() if cell["text"] != "drop"})
-    return {
-        "axis": "block" if blocks else "layer",
-        "columns": columns,
-        "rows": [(name, [cells.get(c) for c in columns]) for name, cells in listed],
-        "outside": [(_row_name(u, False), _cell(u)) for u in outside],
-        "kinds": sorted({cell["kind"] for cell in map(_cell, units) if cell["strength"]}),
-    }
-
-
-def _row_name(unit: Record, blocks: bool) -> str:
-    if blocks:
-        return str(unit["block"])
-    return str(unit.get("unit", unit["part"])).removesuffix(" " + unit["part"]) or unit["part"]
-
-
-def _cell(unit: Record) -> dict[str, Any]:
-    value = strength(unit)
-    text = words.pretty(unit["setting"])
-    return {"text": text, "strength": round(value, 3), "kind": kind(unit["setting"]), "dark": value > 0.78}
-
-
-def kind(setting: str) -> str:
-    """Whether a setting takes bits, ranks, or whole parts away."""
-    if re.match(r"(int|float|fp|bf)\d", setting):
-        return "bits"
-    return "rank" if "rank" in setting else "parts"
-
-
-def strength(unit: Record) -> float:
-    """How much a setting takes away, from 0 (nothing) to 1, read from its label; else its place among the options."""
-    if not unit["option"]:
-        return 0.0
-    label = unit["setting"]
-    if bits := re.match(r"int(\d+)", label):
-        return {8: 0.3, 4: 0.6, 3: 0.8, 2: 1.0}.get(int(bits[1]), 0.5)
-    if share := re.match(r"-(\d+(?:\.\d+)?)%", label):
-        return min(1.0, 0.15 + float(share[1]) / 60)
-    if rank := re.match(r"rank (\d+(?:\.\d+)?)%", label):
-        return min(1.0, 0.15 + (100 - float(rank[1])) / 80)
-    return unit["option"] / max(1, unit.get("options", unit["option"] + 1) - 1)
-
-
 def difference(record: Record) -> str:
     """The paired difference in words."""
     verify = record["verify"]
@@ -168,10 +121,13 @@ def difference(record: Record) -> str:
     if d["low"] == d["high"] == 0:
         return "Sample by sample, the fitted model scores the same as the original."
     unit = "nats per token" if score["name"] == "perplexity" else {"%": "points"}.get(score["unit"], score["unit"])
-    clear = d["low"] > 0 or d["high"] < 0
     better = words.higher_is_better(verify)
     verdict = "worse" if (d["mean"] > 0) is not better else "better"
-    verdict = f"{verdict} beyond the noise" if clear and better is not None else "a difference that may be chance"
+    verdict = (
+        f"{verdict} beyond the noise"
+        if better is not None and not _chance(verify)
+        else "a difference that may be chance"
+    )
     figures = ", ".join(words.number(d[k], 3) for k in ("low", "high"))
     sign = "+" if d["mean"] > 0 else ""
     return (
@@ -203,12 +159,13 @@ def _worse(record: Record) -> list[dict[str, str]]:
     before, after = verify["score_before"], verify["score_after"]
     if words.finite(verify["drop"]) and verify["drop"] > 0:
         values = [words.number(s["value"]) + s["unit"] for s in (before, after)]
-        found.append({"title": before["name"], "value": " → ".join(values), "text": words.share(verify["drop"]) + " worse"})
-    for key in words.COSTS:
-        old, new = record["original"]["values"].get(key), verify["measured"].get(key)
-        if words.finite(old) and words.finite(new) and new > 1.02 * old:
-            values = f"{words.show(key, old)} → {words.show(key, new)}"
-            found.append({"title": words.title(key), "value": values, "text": words.change(key, old, new)})
+        found.append(
+            {"title": before["name"], "value": " → ".join(values), "text": words.share(verify["drop"]) + " worse"}
+        )
+    for card in cards(record):
+        if card["worse"]:
+            values = f"{card['before']} → {card['after']}"
+            found.append({"title": card["title"], "value": values, "text": card["change"]})
     return found
 
 
@@ -223,7 +180,7 @@ def classes(record: Record) -> dict[str, Any] | None:
             "count": c["count"],
             "before": words.share(c["before"]),
             "after": words.share(c["after"]),
-            "change": f"{100 * (c['after'] - c['before']):+.3g}".replace("-", "−").replace("+0", "0", 1),
+            "change": words.percent(c["after"] - c["before"]).removesuffix(" %"),
             "loss": _width(c["before"] - c["after"], widest),
             "gain": _width(c["after"] - c["before"], widest),
         }

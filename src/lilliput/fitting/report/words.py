@@ -6,7 +6,7 @@ import html
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from lilliput.budget import NAME_OF_KEY, QUANTITIES, format_quantity
 
@@ -15,7 +15,7 @@ COSTS = ("token_ms", "latency_ms", "first_token_ms", "memory_bytes", "size_bytes
 TIMES = ("token_ms", "latency_ms")
 
 
-def finite(value: Any) -> bool:
+def finite(value: Any) -> TypeGuard[float]:
     """Whether `value` is a number that can be shown."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -37,6 +37,8 @@ def number(value: Any, digits: int = 4) -> str:
 
 def percent(value: Any) -> str:
     """A fraction as percent with its sign: "+1.4 %"."""
+    if value == 0:
+        return "0 %"
     return f"{100 * value:+.3g} %".replace("-", "−") if finite(value) else MISSING
 
 

@@ -27,24 +27,24 @@ CHUNK_ROWS = 2048  # rows converted at a time, so that the temporaries stay smal
 
 def pack_codes(q: Tensor, bits: int) -> Tensor:
     """Codes (N, K) in 0 .. 2**bits - 1 -> (N, ceil(K / 8) * bits) bytes: 8 codes fill `bits` bytes, first lowest."""
-    return torch.cat([_pack(rows, bits) for rows in q.split(CHUNK_ROWS)]) if len(q) else _pack(q, bits)
+    return torch.cat([_pack(rows, bits) for rows in q.split(CHUNK_ROWS)])
 
 
 def _pack(q: Tensor, bits: int) -> Tensor:
-    padded = F.pad(q.long(), (0, -q.shape[1] % 8)).view(q.shape[0], -1, 8)
+    padded = F.pad(q.long(), (0, -q.shape[1] % 8)).unflatten(1, (math.ceil(q.shape[1] / 8), 8))
     words = (padded << (torch.arange(8) * bits)).sum(-1, keepdim=True)
     return ((words >> (torch.arange(bits) * 8)) & 255).to(torch.uint8).flatten(1)
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack_codes`: (N, bytes) -> codes (N, columns), int32."""
-    if not len(packed):
-        return _unpack(packed, bits, columns)
     return torch.cat([_unpack(rows, bits, columns) for rows in packed.split(CHUNK_ROWS)])
 
 
 def _unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    words = (packed.view(packed.shape[0], -1, bits).long() << (torch.arange(bits) * 8)).sum(-1, keepdim=True)
+    words = (packed.unflatten(1, (packed.shape[1] // bits, bits)).long() << (torch.arange(bits) * 8)).sum(
+        -1, keepdim=True
+    )
     codes = (words >> (torch.arange(8) * bits)) & (2**bits - 1)
     return codes.flatten(1)[:, :columns].int()
 

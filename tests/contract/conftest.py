@@ -1,0 +1,121 @@
+"""What the contract tests share: three tiny models, and settings where a method's defaults do not fit them."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from lilliput.errors import UserError
+from lilliput.method import Method, find_method
+from lilliput.methods.factorize.targeted import Targeted
+from lilliput.workload import Workload
+
+WORKS = ("cnn_work", "pointwise_work", "llama_work")
+
+SMALL = {
+    "distill.hidden": {"steps": 4},
+    "distill.logits": {"steps": 4},
+    "factorize.targeted": {"rounds": 1},
+    "prune.neurons": {"round_to": 8},
+    "quantize.data_free": {"size": 16, "samples": 16, "steps": 4, "search": 4},
+    "quantize.gpfq": {"samples": 64},
+    "quantize.gptq": {"samples": 64},
+}
+NEEDS_BLOCKS = {"distill.hidden"}  # its targets are what it trains; it says when it is applied that blocks are missing
+
+
+class Pointwise(nn.Module):
+    """Two 1x1 convolutions with nothing between them, which can be merged: (B, 1, 16, 16) -> (B, 10)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.first, self.second = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 24, 1)
+        self.head = nn.Linear(24, 10)
+
+    def forward(self, input):
+        x = torch.relu(self.norm(self.stem(input)))
+        return self.head(torch.relu(self.second(self.first(x))).mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers this small run faster on one thread, and their sums come out the same every time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def weights_for_a_clock(monkeypatch):
+    """`factorize.targeted` asks a clock; here a layer takes a millisecond per weight, on any machine."""
+    monkeypatch.setattr(Targeted, "clock", lambda self: lambda module, shape: sum(p.numel() for p in module.parameters()))
+
+
+@pytest.fixture
+def pointwise_work():
+    torch.manual_seed(0)
+    model = Pointwise()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(32, 1, 16, 16))
+        model.eval()
+        inputs = [torch.randn(16, 1, 16, 16) for _ in range(8)]
+        batches = [{"input": x, "label": model(x).argmax(-1)} for x in inputs]
+    return Workload.classifier(model, batches[:2], batches[2:4], batches[4:6], training=batches[6:], name="pointwise")
+
+
+def small_method(name: str) -> Method:
+    """The method with settings that fit a tiny model."""
+    return find_method(name)().with_(**SMALL.get(name, {}))
+
+
+def targets(method: Method, model: nn.Module) -> list[str]:
+    """What the method can change; nothing where it refuses the kind of model."""
+    try:
+        found = list(method.targets(model))
+    except UserError:
+        return []
+    blocks = any(isinstance(m, nn.ModuleList) for m in model.modules())
+    return found if blocks or method.name() not in NEEDS_BLOCKS else []
+
+
+@dataclass
+class Applied:
+    """One method on one tiny workload, done once for all tests that look at it."""
+
+    method: Method
+    work: Workload
+    targets: list[str]
+    before: dict
+    layout: str
+    model: nn.Module
+
+
+@pytest.fixture(scope="session")
+def shelf():
+    return {}
+
+
+@pytest.fixture
+def applied(request, shelf):
+    """`applied(method, work)`: its result; skips where the method has no targets. Nobody may change what it gives."""
+
+    def look(name: str, work_name: str) -> Applied:
+        key = name, work_name
+        if key not in shelf:
+            work, method = request.getfixturevalue(work_name), small_method(name)
+            found = targets(method, work.model)
+            before = {k: v.clone() for k, v in work.model.state_dict().items()}
+            layout = repr(work.model)
+            model = method.apply(work.model, work) if found else work.model
+            shelf[key] = Applied(method, work, found, before, layout, model)
+        if not shelf[key].targets:
+            pytest.skip(f"{name} has nothing to change in the model of {work_name}")
+        return shelf[key]
+
+    return look
+
+
