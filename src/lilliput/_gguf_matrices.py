@@ -115,7 +115,8 @@ def encode(layer: nn.Module, matrices: str = "F16") -> tuple[str, np.ndarray]:
             data = gguf.quantize(weight, gguf.GGMLQuantizationType[kind])
             if relative_error(decode(data, kind), weight) <= ACCEPTABLE_ERROR:
                 return kind, data
-    return matrices, gguf.quantize(weight, gguf.GGMLQuantizationType[matrices])
+    with np.errstate(over="ignore"):  # what does not fit is found when the file is read back
+        return matrices, gguf.quantize(weight, gguf.GGMLQuantizationType[matrices])
 
 
 def decode(data: np.ndarray, kind: str) -> np.ndarray:

@@ -25,6 +25,7 @@ def method_row(name: str) -> dict[str, Any]:
         "keeps": sorted(facts.keeps),
         "data": facts.data,
         "effect": facts.effect,
+        "paper": getattr(cls, "paper", ""),
         "settings": {
             key: {
                 "default": cls.defaults().get(key),
@@ -49,11 +50,20 @@ def method_page(name: str) -> str:
     doc = (sys.modules[find_method(name).__module__].__doc__ or "").strip()
     lines = [f"{name} (lilliput.methods.{name.rpartition('.')[0]}.{row['class']})", "", doc, "", "settings"]
     for key, s in row["settings"].items():
-        span = f"one of {', '.join(map(str, s['choices']))}" if s["choices"] else f"{s['low']} .. {s['high']}"
-        lines.append(f"  {key} = {s['default']}  ({span})  {s['help']}")
-    facts = ("stage", "needs", "takes", "gives", "keeps", "data", "effect")
+        lines.append(f"  {key} = {s['default']}  ({_span(s)})  {s['help']}")
+    facts = ("stage", "needs", "takes", "gives", "keeps", "data", "effect", "paper")
     shown = {k: ", ".join(row[k]) if isinstance(row[k], list) else row[k] for k in facts}
     return "\n".join([*lines, "", "facts", *(f"  {k}: {v or '-'}" for k, v in shown.items())])
+
+
+def _span(setting: dict[str, Any]) -> str:
+    """The range of a setting in words."""
+    low, high = setting["low"], setting["high"]
+    if setting["choices"]:
+        return f"one of {', '.join(map(str, setting['choices']))}"
+    if low is None or high is None:
+        return "any" if low is high else f"from {low}" if high is None else f"up to {high}"
+    return f"{low} .. {high}"
 
 
 def paper_rows(pattern: str = "*") -> list[dict[str, Any]]:

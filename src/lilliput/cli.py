@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -43,7 +44,18 @@ def main() -> None:
 
 
 def _show(data: Any, text: str, as_json: bool) -> None:
-    print(json.dumps(data, indent=1, default=str) if as_json else text)
+    print(json.dumps(_plain(data), indent=1) if as_json else text)
+
+
+def _plain(data: Any) -> Any:
+    """What JSON can hold: infinity and NaN become null, what is not data becomes its text."""
+    if isinstance(data, dict):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    return data if isinstance(data, bool | int | str | None) else str(data)
 
 
 @app.command()
@@ -254,7 +266,7 @@ def reproduce(
         if not as_json:
             print(evidence_text(slug, evidence))
     if as_json:
-        print(json.dumps(found if all_ else found[str(name)], indent=1))
+        _show(found if all_ else found[str(name)], "", True)
     if not all(e["holds"] for e in found.values()):
         raise typer.Exit(1)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lilliput.artifact import load as load_artifact
 from lilliput.artifact import load_example, read_architecture, save
@@ -99,18 +99,22 @@ def measure_speed(workload: Workload, session: Session, result: Measured, quick:
         taken = latency.measure(lambda: session(workload.example), min_seconds=seconds)
         result.values["latency_ms"], result.spread["latency_ms"] = taken.median_ms, taken.iqr_ms
         return
-    ids = workload.example["input_ids"]
-    generate: Any = session.generate if hasattr(session, "generate") else _rerun(session)  # type: ignore[attr-defined]
+    ids, generate = workload.example["input_ids"], generator(session)
     repeats = 3 if quick else 5
     taken = latency.measure_generation(lambda: generate(ids, NEW_TOKENS), tokens=NEW_TOKENS, repeats=repeats)
     result.values |= {"first_token_ms": taken.first_token_ms, "token_ms": taken.token_ms}
     result.spread |= {"first_token_ms": taken.first_token_iqr_ms, "token_ms": taken.token_iqr_ms}
 
 
-def _rerun(session: Session):
-    """Greedy tokens from a session without a cache: the whole text again for each."""
+def generator(session: Session) -> Callable[[Tensor, int], Iterator[int]]:
+    """`generate(ids, tokens)` of a session: greedy tokens after the prompt ids (1, T), one by one.
 
-    def generate(ids, tokens):
+    A session without a cache runs the whole text again for each.
+    """
+    if hasattr(session, "generate"):
+        return session.generate  # type: ignore[attr-defined]
+
+    def generate(ids: Tensor, tokens: int) -> Iterator[int]:
         for _ in range(tokens):
             token = session({"input_ids": ids})[0, -1].argmax()
             ids = torch.cat([ids, token.view(1, 1)], 1)
@@ -152,8 +156,8 @@ def run_artifact(path: str, runtime: str, threads: int) -> None:
     model, example = load_artifact(path), load_example(path)
     workload = bare_workload(model, example, read_architecture(path)["kind"])
     session = find_runtime(runtime).prepare(model, workload, threads)
-    if hasattr(session, "generate"):
-        list(islice(session.generate(example["input_ids"], 8), 8))  # type: ignore[attr-defined]
+    if workload.kind == "causal_lm":
+        list(generator(session)(example["input_ids"], 8))
     else:
         session(example)
 
@@ -171,7 +175,7 @@ def _measure_energy(workload: Workload, model: nn.Module, session: Any, result: 
     device, costs = Device.here(), step_costs(workload, model)
     if workload.kind == "causal_lm":
         ids = workload.example["input_ids"]
-        taken_ms, run, times = result.values["token_ms"], lambda: list(session.generate(ids, NEW_TOKENS)), NEW_TOKENS
+        taken_ms, run, times = result.values["token_ms"], lambda: list(generator(session)(ids, NEW_TOKENS)), NEW_TOKENS
     else:
         taken_ms, run, times = result.values["latency_ms"], lambda: session(workload.example), 1
     reached = roofline.distance(costs, device, taken_ms, result.threads)

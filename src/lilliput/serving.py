@@ -8,7 +8,7 @@ from typing import Any
 
 from lilliput.artifact import load, load_example, load_tokenizer, read_architecture
 from lilliput.errors import UserError
-from lilliput.measuring import bare_workload
+from lilliput.measuring import bare_workload, generator
 from lilliput.runtimes import choose
 
 
@@ -16,6 +16,8 @@ def stream_text(folder: str | Path, prompt: str, tokens: int) -> Iterator[str]:
     """Greedy continuation of `prompt`, piece by piece, on the fastest runtime; ends early at the end-of-text token."""
     if read_architecture(folder)["kind"] != "causal_lm":
         raise UserError(f"{str(folder)!r} is not a language model")
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        raise UserError(f"{str(folder)!r} has no tokenizer; save it from a workload that has one")
     model, tokenizer = load(folder), load_tokenizer(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
@@ -26,7 +28,7 @@ def stream_text(folder: str | Path, prompt: str, tokens: int) -> Iterator[str]:
     session: Any = runtime.prepare(model, workload, **options)
     end = model.config.eos_token_id  # type: ignore[union-attr]
     done, shown = [], ""
-    for token in session.generate(ids, tokens):
+    for token in generator(session)(ids, tokens):
         if token == end or (isinstance(end, list) and token in end):
             return
         done.append(token)

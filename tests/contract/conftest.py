@@ -1,28 +1,15 @@
-"""What the contract tests share: three tiny models, and settings where a method's defaults do not fit them."""
+"""What the contract tests share: a third tiny model, and each method applied once."""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
+from small import small_method, targets
 from torch import nn
 
-from lilliput.errors import UserError
-from lilliput.method import Method, find_method
+from lilliput.method import Method
 from lilliput.methods.factorize.targeted import Targeted
 from lilliput.workload import Workload
-
-WORKS = ("cnn_work", "pointwise_work", "llama_work")
-
-SMALL = {
-    "distill.hidden": {"steps": 4},
-    "distill.logits": {"steps": 4},
-    "factorize.targeted": {"rounds": 1},
-    "prune.neurons": {"round_to": 8},
-    "quantize.data_free": {"size": 16, "samples": 16, "steps": 4, "search": 4},
-    "quantize.gpfq": {"samples": 64},
-    "quantize.gptq": {"samples": 64},
-}
-NEEDS_BLOCKS = {"distill.hidden"}  # its targets are what it trains; it says when it is applied that blocks are missing
 
 
 class Pointwise(nn.Module):
@@ -51,7 +38,9 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def weights_for_a_clock(monkeypatch):
     """`factorize.targeted` asks a clock; here a layer takes a millisecond per weight, on any machine."""
-    monkeypatch.setattr(Targeted, "clock", lambda self: lambda module, shape: sum(p.numel() for p in module.parameters()))
+    monkeypatch.setattr(
+        Targeted, "clock", lambda self: lambda module, shape: sum(p.numel() for p in module.parameters())
+    )
 
 
 @pytest.fixture
@@ -65,21 +54,6 @@ def pointwise_work():
         inputs = [torch.randn(16, 1, 16, 16) for _ in range(8)]
         batches = [{"input": x, "label": model(x).argmax(-1)} for x in inputs]
     return Workload.classifier(model, batches[:2], batches[2:4], batches[4:6], training=batches[6:], name="pointwise")
-
-
-def small_method(name: str) -> Method:
-    """The method with settings that fit a tiny model."""
-    return find_method(name)().with_(**SMALL.get(name, {}))
-
-
-def targets(method: Method, model: nn.Module) -> list[str]:
-    """What the method can change; nothing where it refuses the kind of model."""
-    try:
-        found = list(method.targets(model))
-    except UserError:
-        return []
-    blocks = any(isinstance(m, nn.ModuleList) for m in model.modules())
-    return found if blocks or method.name() not in NEEDS_BLOCKS else []
 
 
 @dataclass
@@ -117,5 +91,3 @@ def applied(request, shelf):
         return shelf[key]
 
     return look
-
-

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORKS, small_method, targets
+from small import WORKS, small_method, targets
 from torch import nn
 
 from lilliput.anatomy import anatomy

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import small_method, targets
+from small import small_method, targets
 
 from lilliput.errors import UserError
 from lilliput.method import STAGES, method_names

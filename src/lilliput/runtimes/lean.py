@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilliput.anatomy import anatomy
+from lilliput.errors import UserError
 from lilliput.runtimes import Runtime, Session
 from lilliput.workload import Batch, Workload
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM")  # pre-norm blocks without extra norms or windows
+POSITIONS = ("default", "linear", "llama3", "yarn")  # rotary embeddings that do not depend on the length of the text
+ROOM = 64  # tokens that fit behind the longest window of the data
 
 
 @dataclass
@@ -79,9 +82,16 @@ class LeanSession(Session):
 
     @torch.inference_mode()
     def generate(self, ids: Tensor, tokens: int) -> Iterator[int]:
-        """Greedy tokens after the prompt ids (1, T); the first one costs the whole prompt."""
+        """Greedy tokens after the prompt ids (1, T); the first one costs the whole prompt.
+
+        Raises UserError when prompt and tokens do not fit the cache; the last token needs no place in it.
+        """
+        if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+            what = "empty" if ids.numel() == 0 else f"of the shape {tuple(ids.shape)}"
+            raise UserError(f"the prompt is {what}; lean takes one prompt, token ids of the shape (1, length)")
+        self._need_room(ids.shape[1] + max(tokens - 1, 0))
         row, position = ids[0], 0
-        for _ in range(min(tokens, self.max_length - len(row) + 1)):
+        for _ in range(tokens):
             with torch.inference_mode():
                 hidden = self._forward(row, position)
                 token = self._logits(hidden[-1:]).argmax(-1)
@@ -89,13 +99,18 @@ class LeanSession(Session):
             row = token
             yield int(token)
 
+    def _need_room(self, length: int) -> None:
+        if length > self.max_length:
+            raise UserError(
+                f"{length} tokens do not fit the cache of {self.max_length}; prepare with max_length={length}"
+            )
+
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.head(_rms_norm(hidden, self.norm))
 
     def _forward(self, ids: Tensor, start: int) -> Tensor:
         """Hidden states (T, d) of tokens `ids` (T,) at positions start .. start + T - 1."""
-        if start + len(ids) > self.max_length:
-            raise ValueError(f"{start + len(ids)} tokens do not fit the cache of {self.max_length}")
+        self._need_room(start + len(ids))
         span = slice(start, start + len(ids))
         hidden, cos, sin = self.embedding(ids), self.cos[span], self.signed_sin[span]
         for block in self.blocks:
@@ -142,21 +157,34 @@ class Lean(Runtime):
         """Why this model cannot run here; empty when it can."""
         if type(model).__name__ not in FAMILIES:
             return [f"lean runs {', '.join(FAMILIES)}, this is a {type(model).__name__}"]
-        config: Any = model.config
-        reasons = []
+        parts: Any = model
+        config, dtype, blocks = parts.config, parts.model.norm.weight.dtype, anatomy(model).blocks
+        reasons, positions = [], _positions(config)
         if getattr(config, "hidden_act", "silu") != "silu":
             reasons.append(f"lean runs the activation silu, this model has {config.hidden_act}")
         if getattr(config, "use_sliding_window", False):
             reasons.append("lean has no sliding window")
-        if any(b.attention is None or b.mlp is None for b in anatomy(model).blocks):
+        if positions not in POSITIONS:
+            reasons.append(f"lean has rotary positions of the kinds {', '.join(POSITIONS)}, this model has {positions}")
+        if dtype != torch.float32:
+            reasons.append(f"lean computes in float32, this model is in {str(dtype).removeprefix('torch.')}")
+        if len(blocks) < len(parts.model.layers) or any(b.attention is None or b.mlp is None for b in blocks):
             reasons.append("a block has no attention or no feed-forward part")
         return reasons
 
     def prepare(
         self, model: nn.Module, workload: Workload, threads: int | None = None, max_length: int = 512
     ) -> LeanSession:
-        """A session over the model's own modules; nothing is copied but the cache is made."""
+        """A session over the model's own modules; nothing is copied but the cache is made. Raises UserError."""
+        reasons = self.supports(model, workload)
+        if reasons:
+            raise UserError(f"lean cannot take this model: {'; '.join(reasons)}")
         if threads:
             torch.set_num_threads(threads)
         longest = max(b["input_ids"].shape[1] for b in (workload.example, workload.validation[0], workload.test[0]))
-        return LeanSession(model.eval(), max(max_length, longest))
+        return LeanSession(model.eval(), max(max_length, longest + ROOM))
+
+
+def _positions(config: Any) -> str:
+    """The kind of rotary embedding."""
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

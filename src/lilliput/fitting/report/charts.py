@@ -134,7 +134,7 @@ def _dots(record: Record, rows: Sequence[tuple[Record, float, float]], scale: fl
     """(candidate, predicted, measured) as points; the chosen one is a star."""
     stars = [c["number"] == record.get("chosen") for c, _, _ in rows]
     texts = [
-        f"<b>{words.plain(c['name'])}</b><br>predicted {guess / scale:.3g} {unit}<br>measured {found / scale:.3g} {unit}"
+        f"<b>{words.plain(c['name'])}</b><br>predicted {guess / scale:.3g}, measured {found / scale:.3g} {unit}"
         for c, guess, found in rows
     ]
     return {

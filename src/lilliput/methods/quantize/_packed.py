@@ -109,6 +109,10 @@ class PackedLinear(_Packed):
     portable layout above. Codes that are `shared` with an embedding stay as they are, beside that layout.
     """
 
+    bias: Tensor | None
+    _int4: Tensor | None
+    _grid: Tensor | None
+
     def __init__(
         self, in_features: int, out_features: int, bits: int, group: int, bias: bool = False, shared: bool = False
     ):

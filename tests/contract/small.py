@@ -1,0 +1,34 @@
+"""Methods with settings that fit tiny models, and what they can change there."""
+
+from torch import nn
+
+from lilliput.errors import UserError
+from lilliput.method import Method, find_method
+
+WORKS = ("cnn_work", "pointwise_work", "llama_work")
+
+SMALL = {
+    "distill.hidden": {"steps": 4},
+    "distill.logits": {"steps": 4},
+    "factorize.targeted": {"rounds": 1},
+    "prune.neurons": {"round_to": 8},
+    "quantize.data_free": {"size": 16, "samples": 16, "steps": 4, "search": 4},
+    "quantize.gpfq": {"samples": 64},
+    "quantize.gptq": {"samples": 64},
+}
+NEEDS_BLOCKS = {"distill.hidden"}  # its targets are what it trains; it says when it is applied that blocks are missing
+
+
+def small_method(name: str) -> Method:
+    """The method with settings that fit a tiny model."""
+    return find_method(name)().with_(**SMALL.get(name, {}))
+
+
+def targets(method: Method, model: nn.Module) -> list[str]:
+    """What the method can change; nothing where it refuses the kind of model."""
+    try:
+        found = list(method.targets(model))
+    except UserError:
+        return []
+    blocks = any(isinstance(m, nn.ModuleList) for m in model.modules())
+    return found if blocks or method.name() not in NEEDS_BLOCKS else []
