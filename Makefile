@@ -6,7 +6,7 @@ demo: .venv/demo.stamp  ## fit a real language model into half its memory and ti
 	$(BIN)/lilliput fit
 
 test: .venv/test.stamp  ## every test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/dev.stamp  ## format, lint, types
 	$(BIN)/ruff format --check .
