@@ -1,9 +1,9 @@
-"""Small convolutional nets in OpenVINO at batch 1: a joint fit against int8 alone (ours and NNCF's) and uniform pruning.
+"""Small convolutional nets in OpenVINO at batch 1: a joint fit against int8 alone (and NNCF's) and uniform pruning.
 
     python benchmarks/cnn_openvino.py resnet-small mobilenet-small     # writes results/cnn_openvino.csv
 
-Everything is executed by OpenVINO, latencies are taken in turn (ABAB) in one process against NNCF's int8, accuracy is on the
-10,000 test pictures. Each of three seeds draws its own calibration pictures, search and distillation.
+Everything is executed by OpenVINO, latencies are taken in turn (ABAB) in one process against NNCF's int8, accuracy is
+on the 10,000 test pictures. Each of three seeds draws its own calibration pictures, search and distillation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
+from tables import write_rows
 
 import lilliput as lp
 from lilliput import Plan, Step, Workload
@@ -25,7 +26,6 @@ from lilliput.methods.prune.channels import Channels
 from lilliput.methods.quantize.int8_static import Int8Static
 from lilliput.metrics import latency
 from lilliput.runtimes import find_runtime
-from tables import write_rows
 
 SHARES = (0.5, 0.65, 0.8)  # of the latency of int8 alone: what the joint fit is asked for
 PRUNED = (0.25, 0.5)
@@ -91,11 +91,20 @@ def _compare(name: str, seed: int, minutes: float, threads: int) -> list[dict[st
     for share in SHARES:
         with tempfile.TemporaryDirectory() as folder:
             fitted = lp.fit(
-                workload, f"latency<={int8_ms * share}ms", minutes=minutes, seed=seed, threads=threads, runtime="openvino",
-                families=("quantize", "prune", "factorize"), out=Path(folder) / "run", quiet=True, rivals=False,
-            )  # fmt: skip
+                workload,
+                f"latency<={int8_ms * share}ms",
+                minutes=minutes,
+                seed=seed,
+                threads=threads,
+                runtime="openvino",
+                families=("quantize", "prune", "factorize"),
+                out=Path(folder) / "run",
+                quiet=True,
+            )
         contenders[f"joint fit to {share:.0%} of int8"] = runtime.prepare(fitted.model, workload, threads)
-    return [_row(name, seed, label, session, contenders["int8 (NNCF)"], workload) for label, session in contenders.items()]
+    return [
+        _row(name, seed, label, session, contenders["int8 (NNCF)"], workload) for label, session in contenders.items()
+    ]
 
 
 def _row(name: str, seed: int, label: str, session: Any, peer: Any, workload: Workload) -> dict[str, Any]:

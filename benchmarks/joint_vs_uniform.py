@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from tables import write_rows
 
 from lilliput import Budget, Workload
 from lilliput.device import Device
@@ -26,7 +27,6 @@ from lilliput.fitting.spaces import build_space
 from lilliput.measuring import measure
 from lilliput.metrics import quality
 from lilliput.runtimes import choose
-from tables import write_rows
 
 RIVALS = {"int8 everywhere": "int8", "int4 g32 everywhere": "int4 g32", "int4 g64 everywhere": "int4 g64"}
 PRUNED = {"-25.0% neurons everywhere": "-25.0% neurons"}
@@ -50,7 +50,7 @@ def main() -> None:
     original = measure(workload, runtime=runtime, threads=threads, split=None)
     space = build_space(workload, families, KEYS, original.values, threads, Device.here(), runtime, lambda text: None)
     light = dataclasses.replace(workload, calibration=workload.calibration[:2])
-    bench = Bench(light, runtime, threads, Judge(workload), original.values)
+    bench = Bench(light, runtime, threads, Judge(workload), original.values, Device.here())
     test = workload.values(workload.model, "test")
     rows = [_row("original", "", original.values, workload.summarize(test).value, None)]
     predictor, pairs = Predictor(space), []
@@ -59,7 +59,9 @@ def main() -> None:
         genome = space.uniform({"*": label})
         rival = _built(bench, space, genome, test)
         rows.append(_row(name, name, rival["measured"], rival["score"], rival["difference"]))
-        budget = Budget(f"time_per_token<={rival['measured']['token_ms']}ms, memory<={rival['measured']['memory_bytes']}B")
+        budget = Budget(
+            f"time_per_token<={rival['measured']['token_ms']}ms, memory<={rival['measured']['memory_bytes']}B"
+        )
         predictor.learn([(genome, rival["measured"], rival["damage"])])
         for kind, sampler, seeded in (("joint search", "genecai", True), ("random search", "random", False)):
             found = search(

@@ -286,11 +286,21 @@ def test_a_missing_model_is_named(refused):
     assert "did you mean smollm2-135m" in refused("fit", "smollm-135m")
 
 
-@pytest.mark.parametrize("budget", ["memory<=3parsecs", "speed<=3ms", "", "memory<=-3MB"])
-def test_a_bad_budget_is_named(refused, budget):
+@pytest.mark.parametrize(
+    ("budget", "wrong", "cure"),
+    [
+        ("memory<=3parsecs", "'parsecs'", "MB"),
+        ("speed<=3ms", "'speed'", "latency"),
+        ("memory<=-3MB", "'memory<=-3MB'", "positive"),
+        ("fast please", "'fast please'", "latency<=20ms"),
+        ("", "empty", "latency<=20ms"),
+    ],
+)
+def test_a_bad_budget_is_named_with_the_way_out(refused, budget, wrong, cure):
     message = refused("fit", "no-model-is-loaded", "--budget", budget)
     assert "no-model-is-loaded" not in message
-    assert budget in message
+    assert wrong in message
+    assert cure in message
 
 
 def test_a_bad_time_limit_is_named(refused):
@@ -303,7 +313,8 @@ def test_a_bad_time_limit_is_named(refused):
 )
 def test_other_bad_values_of_a_fit_are_named(refused, zoo, tmp_path, option, value):
     message = refused("fit", "tiny", "--budget", "size<=50%", option, value, "--out", tmp_path / "run")
-    assert "abacus" in message
+    assert "'abacus'" in message
+    assert any(known in message for known in ("laptop", "openvino", "genecai", "quantize"))
 
 
 def test_an_unknown_method_is_named_with_the_known_ones(refused):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +23,10 @@ from lilliput.workload import Batch, Workload
 
 VERSION = 1
 WEIGHTS, ARCHITECTURE, PLAN, EXAMPLE = "model.safetensors", "architecture.json", "plan.yaml", "example.safetensors"
-ALIGNMENT = 64  # bytes; products of misaligned tensors may differ in the last bit
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 MAX_JSON_BYTES = 64_000_000
 
 
@@ -64,7 +67,7 @@ def _write(model: nn.Module, folder: Path, workload: Workload, plan: Plan, facts
     if workload.source.get("kind") == "hf":
         _write_hf_files(model, folder, workload)
     tensors, aliases = _stored_tensors(model)
-    _save_aligned(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     edits = describe(model, skeleton(workload.source, folder, workload))
     architecture = {
         "version": VERSION,
@@ -78,15 +81,6 @@ def _write(model: nn.Module, folder: Path, workload: Workload, plan: Plan, facts
     (folder / ARCHITECTURE).write_text(json.dumps(architecture, indent=1))
     (folder / PLAN).write_text(plan.to_yaml())
     save_file({k: v.contiguous() for k, v in workload.example.items()}, folder / EXAMPLE)
-
-
-def _save_aligned(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write tensors so that the first starts at a multiple of 64 bytes: aligned tensors need no copy when loaded."""
-    save_file(tensors, path, metadata={"format": "pt", "pad": ""})
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-    if start % ALIGNMENT:
-        save_file(tensors, path, metadata={"format": "pt", "pad": "." * (-start % ALIGNMENT)})
 
 
 def _write_hf_files(model: nn.Module, folder: Path, workload: Workload) -> None:
@@ -228,19 +222,42 @@ def assign_tensors_(model: nn.Module, folder: Path, aliases: dict[str, str], any
 
     `any_dtype` is for a model that transformers has filled and cast already.
     """
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {WEIGHTS} in {str(folder)!r}: {error}") from None
+    tensors = _read_tensors(folder / WEIGHTS)
     if not set(map(str, aliases.values())) <= set(tensors):
         raise UserError(f"{ARCHITECTURE} in {str(folder)!r} shares a tensor that {WEIGHTS} does not hold")
-    tensors = {name: t.clone() if t.data_ptr() % ALIGNMENT else t for name, t in tensors.items()}
     tensors |= {name: tensors[target] for name, target in aliases.items()}
     for name, tensor in tensors.items():
         _assign(model, name, tensor, any_dtype)
     empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if empty:
         raise UserError(f"{WEIGHTS} in {str(folder)!r} lacks {', '.join(empty[:3])}; save the model again")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, each in memory of its own.
+
+    The library maps the file instead: its pages would count twice once packed weights are laid out, and misaligned
+    tensors give products that differ in the last bit. It still checks the header.
+    """
+    try:
+        with safe_open(path, "pt"):
+            pass
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            return {name: _read_tensor(file, 8 + size, info) for name, info in header.items()}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(f"cannot read {path.name} in {str(path.parent)!r}: {error}") from None
+
+
+def _read_tensor(file: Any, start: int, info: dict[str, Any]) -> Tensor:
+    begin, end = info["data_offsets"]
+    data = torch.empty(end - begin, dtype=torch.uint8)
+    file.seek(start + begin)
+    if end > begin:
+        file.readinto(data.numpy())
+    return data.view(DTYPES[info["dtype"]]).view(info["shape"])
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, any_dtype: bool) -> None:

@@ -89,6 +89,7 @@ def fit(
 
     parsed = lp.Budget(budget)
     minutes = parse_minutes(time_limit)
+    _check_names(runtime, sampler)
     workload = lp.Workload.from_name(model, **({"data": data} if data else {}))
     try:
         fitted = lp.fit(
@@ -116,6 +117,19 @@ def fit(
     _show(fitted.record, f"{fitted.summary()}\n{where}", as_json)
     if not fitted.met:
         raise typer.Exit(1)
+
+
+def _check_names(runtime: str | None, sampler: str) -> None:
+    """Refuse a wrong name before minutes of work."""
+    from lilliput.errors import UserError
+    from lilliput.method import method_names
+    from lilliput.runtimes import find_runtime
+
+    samplers = [name.removeprefix("search.") for name in method_names("search.*")]
+    if sampler not in samplers:
+        raise UserError(f"the sampler is {sampler!r}; choose one of {', '.join(samplers)}")
+    if runtime is not None:
+        find_runtime(runtime)
 
 
 def parse_minutes(text: str) -> float:

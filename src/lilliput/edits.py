@@ -17,14 +17,27 @@ from lilliput.errors import UserError
 
 Edit = dict[str, Any]
 
-_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias")
+_CONV = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "bias",
+    "padding_mode",
+)
+_BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 TORCH_MODULES: dict[str, tuple[str, ...]] = {
     "Linear": ("in_features", "out_features", "bias"),
     "Embedding": ("num_embeddings", "embedding_dim", "padding_idx"),
     "Conv1d": _CONV,
     "Conv2d": _CONV,
-    "BatchNorm2d": ("num_features", "eps", "momentum", "affine", "track_running_stats"),
-    "LayerNorm": ("normalized_shape", "eps", "elementwise_affine"),
+    "BatchNorm1d": _BATCH_NORM,
+    "BatchNorm2d": _BATCH_NORM,
+    "GroupNorm": ("num_groups", "num_channels", "eps", "affine"),
+    "LayerNorm": ("normalized_shape", "eps", "elementwise_affine", "bias"),
     "Identity": (),
     "Sequential": (),
 }
@@ -122,6 +135,12 @@ def _compare(name: str, new: nn.Module, old: nn.Module, edits: list[Edit]) -> No
             _compare(path, child, children[child_name], edits)
         else:
             edits.append({"edit": "set", **_tree(path, child)})
+    if not isinstance(new, nn.ModuleList):
+        edits += [
+            {"edit": "remove", "module": f"{name}.{key}" if name else key, "none": key in new._modules}
+            for key, child in old._modules.items()
+            if child is not None and new._modules.get(key) is None
+        ]
 
 
 def _tree(name: str, module: nn.Module) -> Edit:
@@ -163,6 +182,12 @@ def _replay_one(skeleton: nn.Module, edit: Edit) -> None:
     kind, name = edit["edit"], edit["module"]
     if kind == "set" and name:
         set_module(skeleton, name, _build_tree(edit))
+    elif kind == "remove" and name:
+        owner, _, child = name.rpartition(".")
+        children = skeleton.get_submodule(owner)._modules
+        del children[child]
+        if edit["none"]:
+            children[child] = None
     elif kind == "length":
         modules = skeleton.get_submodule(name)
         if not isinstance(modules, nn.ModuleList) or not 0 <= edit["value"] <= len(modules):

@@ -154,7 +154,8 @@ def run_artifact(path: str, runtime: str, threads: int) -> None:
     """Load an artifact and run its example once: for decoders a prompt and eight tokens."""
     torch.set_num_threads(threads)
     model, example = load_artifact(path), load_example(path)
-    workload = bare_workload(model, example, read_architecture(path)["kind"])
+    kind = read_architecture(path)["kind"]
+    workload = bare_workload(model, example, kind)
     session = find_runtime(runtime).prepare(model, workload, threads)
     if workload.kind == "causal_lm":
         list(generator(session)(example["input_ids"], 8))
@@ -198,12 +199,18 @@ def step_costs(workload: Workload, model: nn.Module) -> list[roofline.LayerCost]
     return roofline.layer_costs(model, *(v for k, v in workload.example.items() if k != "label"))
 
 
+def modelled_energy(workload: Workload, model: nn.Module, device: Device, ms: float) -> float:
+    """Joules of one token or forward pass that takes `ms`, from the device's facts."""
+    costs = step_costs(workload, model)
+    moved, ops = sum(c.weight_bytes + c.activation_bytes for c in costs), sum(c.ops for c in costs)
+    return energy.model(device, ms / 1e3, moved, ops).joules
+
+
 def model_times(result: Measured, workload: Workload, device: Device, threads: int) -> None:
     """Replace times and energy by those modelled for a device that is not at hand."""
     costs = step_costs(workload, workload.model)
     ms, _ = roofline.limit_ms(costs, device, threads)
-    moved, ops = sum(c.weight_bytes + c.activation_bytes for c in costs), sum(c.ops for c in costs)
     result.values |= {k: ms for k in ("token_ms", "latency_ms") if k in result.values}
-    result.values["energy_j"] = energy.model(device, ms / 1e3, moved, ops).joules
+    result.values["energy_j"] = modelled_energy(workload, workload.model, device, ms)
     result.values.pop("first_token_ms", None)
     result.notes = [f"times and energy are modelled for {device.name}", *result.notes]

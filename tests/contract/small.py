@@ -11,6 +11,7 @@ SMALL = {
     "distill.hidden": {"steps": 4},
     "distill.logits": {"steps": 4},
     "factorize.targeted": {"rounds": 1},
+    "prune.heads": {"ratio": 0.5},
     "prune.neurons": {"round_to": 8},
     "quantize.data_free": {"size": 16, "samples": 16, "steps": 4, "search": 4},
     "quantize.gpfq": {"samples": 64},

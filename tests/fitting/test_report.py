@@ -14,7 +14,7 @@ from plotly import graph_objects
 
 from lilliput.device import Device
 from lilliput.fitting.decoder_space import decoder_space
-from lilliput.fitting.layers import bytes_by_part, part_bytes
+from lilliput.fitting.layers import bytes_by_part
 from lilliput.fitting.report import charts, sections, words
 from lilliput.fitting.report.front import drop_of_damage, front, pareto
 from lilliput.fitting.report.heat import heat, strength
@@ -416,16 +416,15 @@ def test_script_data_cannot_end_the_script():
     assert json.loads(text) == {"a": "</script><!--", "b": [1.23457, None]}
 
 
-def test_packed_layers_keep_their_bytes_after_use(tiny_llama, llama_work):
+def test_bytes_of_packed_layers_count_before_and_after_their_use(tiny_llama, llama_work):
     packed = Group(bits=4, group=32).apply(tiny_llama, llama_work)
-    block = packed.model.layers[0]
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (96, 32), (96, 32), (32, 96)]
-    norms = 2 * 32 * 4
-    expected = norms + sum(n * k // 2 + 2 * 2 * n * k // 32 for n, k in shapes)
-    assert part_bytes(block) == expected
-    with torch.inference_mode():
-        llama_work.forward(packed, llama_work.example)
-    assert part_bytes(block) == expected
+    expected = 2 * 32 * 4 + sum(n * k // 2 + 2 * 2 * n * k // 32 for n, k in shapes)  # norms, codes, grids
+    for _ in range(2):
+        row = bytes_by_part(tiny_llama, packed, {})[0]
+        assert row == {"name": "model.layers.0", "before_bytes": 2 * 128 + 4 * 12288, "after_bytes": expected}
+        with torch.inference_mode():
+            llama_work.forward(packed, llama_work.example)
 
 
 def test_milliseconds_of_the_parts_add_up(llama_work):

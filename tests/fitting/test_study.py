@@ -180,6 +180,8 @@ def test_a_trial_that_kills_its_process_is_not_tried_for_ever(path):
     assert "WAITING" in states(study)  # the last ask was a new trial, lost for the first time
     params = [t.params["x"] for t in study.get_trials()[: module.RETRIES + 1]]
     assert len(set(params)) == 1
+    retries = [t.user_attrs.get("retries", 0) for t in study.get_trials()]
+    assert retries == [*range(module.RETRIES + 1), 0, 1]
     close_study(study)
 
 

@@ -155,9 +155,9 @@ def test_what_does_not_fit_the_cache_is_refused_with_the_numbers():
     model = build("Llama")
     ids = work_of(model).test[0]["input_ids"][:1]
     session = LeanSession(model, 16)
-    with pytest.raises(UserError, match=r"24 .*16.*max_length"):
+    with pytest.raises(UserError, match=r"27 .*16.*max_length=27"):
         list(session.generate(ids, 4))
-    with pytest.raises(UserError, match=r"24 .*16.*max_length"):
+    with pytest.raises(UserError, match=r"24 .*16.*max_length=24"):
         session({"input_ids": ids})
     with pytest.raises(UserError, match=r"17 .*16.*max_length=17"):
         list(session.generate(ids[:, :10], 8))

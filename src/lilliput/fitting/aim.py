@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lilliput.anatomy import convolutions, linears
-from lilliput.budget import Budget, format_quantity
+from lilliput.budget import NAME_OF_KEY, Budget, format_quantity
 from lilliput.device import Device
 from lilliput.errors import UserError
 from lilliput.workload import Workload
@@ -20,6 +20,10 @@ class AlreadyInside(UserError):
 
 def aim(workload: Workload, budget: Budget, original: Mapping[str, float], device: Device, threads: int) -> None:
     """Raise AlreadyInside when there is nothing to do, UserError with the distance when a limit is out of reach."""
+    unknown = set(budget.limits) - set(original) - {"drop"}
+    if unknown:
+        known = ", ".join(NAME_OF_KEY[k] for k in original if k in NAME_OF_KEY)
+        raise UserError(f"{workload.name} has no {NAME_OF_KEY[min(unknown)]}; a budget can limit its {known} and drop")
     comparable = {k: v for k, v in original.items() if k in budget.limits}
     if comparable and set(budget.limits) - {"drop"} <= set(comparable) and budget.met({**comparable, "drop": 0.0}):
         values = ", ".join(format_quantity(k, v) for k, v in comparable.items())

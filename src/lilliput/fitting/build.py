@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from lilliput.device import Device
 from lilliput.fitting.judge import Judge
 from lilliput.fitting.recover import recovering
 from lilliput.fitting.space import Genome, Space
-from lilliput.measuring import Measured, measure_speed
+from lilliput.measuring import Measured, measure_speed, modelled_energy
 from lilliput.metrics.memory import weight_bytes
 from lilliput.metrics.size import state_bytes
 from lilliput.plan import Plan
@@ -29,6 +30,7 @@ class Bench:
     threads: int
     judge: Judge
     original: Mapping[str, float]
+    device: Device
     modelled: tuple[str, ...] = ()
     heal_steps: int = 0  # of distillation for a candidate whose structure changed, before it is judged
 
@@ -45,6 +47,8 @@ class Bench:
         saved = weight_bytes(self.workload.model) - weight_bytes(model)
         result.values["memory_bytes"] = self.original["memory_bytes"] - saved
         result.values["size_bytes"] = float(state_bytes(model.state_dict()))
+        ms = result.values.get("token_ms", result.values.get("latency_ms", 0.0))
+        result.values["energy_j"] = modelled_energy(self.workload, model, self.device, ms)
         if space is not None and genome is not None:
             costs = space.costs(genome)
             result.values |= {k: costs[k] for k in self.modelled if k in costs}

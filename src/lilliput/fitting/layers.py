@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from lilliput.anatomy import anatomy
+from lilliput.metrics.memory import weight_bytes
 
 Times = Mapping[str, float]  # part -> milliseconds
 
@@ -25,37 +26,17 @@ def bytes_by_part(
     dropped = {n.removesuffix(" block") for n, label in labels.items() if label == "drop"}
     rows, shift = [], 0
     for name in names:
-        row: dict[str, Any] = {"name": name, "before_bytes": part_bytes(before.get_submodule(name)), "after_bytes": 0}
+        row: dict[str, Any] = {"name": name, "before_bytes": weight_bytes(before.get_submodule(name)), "after_bytes": 0}
         if name in dropped:
             shift += 1
         else:
             parent, _, index = name.rpartition(".")
             moved = f"{parent}.{int(index) - shift}" if index.isdigit() and shift else name
-            row["after_bytes"] = part_bytes(after.get_submodule(moved))
+            row["after_bytes"] = weight_bytes(after.get_submodule(moved))
         if times and name in times[0]:
             row |= {"before_ms": times[0][name], "after_ms": times[1].get(name, 0.0)}
         rows.append(row)
     return rows
-
-
-def part_bytes(module: nn.Module) -> int:
-    """Bytes of the weights; packed layers tell their own, since what executes them may hold their codes elsewhere."""
-    parts = list(_parts(module))
-    tensors = [t for m in parts if not _packed(m) for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values()) + sum(m.weight_bytes for m in parts if _packed(m))  # type: ignore[misc]
-
-
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The packed layers inside, whole, and all modules that are not."""
-    yield module
-    if not _packed(module):
-        for child in module.children():
-            yield from _parts(child)
-
-
-def _packed(module: nn.Module) -> bool:
-    return hasattr(type(module), "weight_bytes")
 
 
 def _leaf(module: nn.Module) -> bool:

@@ -38,6 +38,7 @@ DEFAULT_BUDGET = "memory<=50%, time_per_token<=50%"
 FAMILIES = ("quantize", "prune")
 KNOWN_FAMILIES = ("quantize", "prune", "factorize")
 HEAL_STEPS = 60  # of distillation before a feed-forward candidate is judged: without, pruning never pays
+SAFETY = 0.06  # share of a limit kept free while searching: a quick measurement errs by some percent
 PROOFS = 3  # candidates tried at most until one meets the budget in a fresh process
 RESERVE = 0.25  # share of the time kept for verification and the report
 
@@ -173,10 +174,10 @@ class _Job:
             found = self._search(round_)
             known = {tuple(c["genome"]) for c in self.run.candidates() if c["genome"]}
             fresh = [g for g in found if g not in known][:2]
-            if not fresh or self._left() <= 0:
+            if not fresh or (self._left() <= 0 and self.run.candidates()):
                 break
             for genome in fresh:
-                if self._left() > 0 or not self._feasible():
+                if self._left() > 0 or not self.run.candidates():
                     self._build(f"joint {round_ + 1}", genome)
         self._timed("search and build")
 
@@ -191,6 +192,7 @@ class _Job:
             trials=self.options.trials,
             seconds=seconds,
             seed=self.options.seed + round_,
+            margin=SAFETY,
             storage=self.options.storage or self.run.folder / "search.db",
             name=f"round-{round_ + 1}",
             start=start,
@@ -206,6 +208,9 @@ class _Job:
         self.progress.step(f"building {name}")
         number = len(self.run.candidates()) + 1
         candidate = self.bench.candidate(number, name, plan, self.space, genome)
+        if hasattr(self.space, "layer_ms"):
+            none = (0,) * len(genome)
+            candidate["layer_ms"] = [self.space.layer_ms(g) for g in (none, genome)]  # type: ignore[attr-defined]
         candidate["predicted"] = self.predictor.costs(genome) | {"damage": self.predictor.damage(genome)}
         self.run.write(f"candidates/{key_of(plan)}", candidate)
         self.progress.best(self._best_line())
@@ -219,14 +224,13 @@ class _Job:
         return self._by_quality()[0]
 
     def _by_quality(self) -> list[dict[str, Any]]:
+        """Candidates that stay `SAFETY` inside every limit by damage, then the others by how far they are out."""
+
         def key(c: dict[str, Any]) -> tuple[float, float]:
             slack = self.budget.slack(c["measured"])
-            return sum(max(0.0, -s) for s in slack.values()), c["damage"]
+            return sum(max(0.0, SAFETY * (k != "drop") - s) for k, s in slack.items()), c["damage"]
 
         return sorted(self.run.candidates(), key=key)
-
-    def _feasible(self) -> bool:
-        return any(self.budget.met(c["measured"]) for c in self.run.candidates())
 
     def recover(self, best: dict[str, Any]) -> tuple[Plan, nn.Module]:
         """Step 6: distil the best for the time that is left; keep it only when the validation says it is better."""
@@ -280,7 +284,7 @@ class _Job:
             "plan": plan.to_yaml(),
             "verify": checked,
             "front": self._front(),
-            "layers": bytes_by_part(self.workload.model, model, best["labels"]),
+            "layers": bytes_by_part(self.workload.model, model, best["labels"], best.get("layer_ms")),
             "heat": best["heat"],
             "predictors": {
                 "latency_rank_correlation": rank_correlation(*zip(*pairs)) if pairs else None,
@@ -307,7 +311,9 @@ class _Job:
     def bench(self) -> Bench:
         modelled = () if self.device.measured else ("latency_ms", "token_ms", "first_token_ms", "energy_j")
         heal = HEAL_STEPS if self.workload.kind != "causal_lm" and self.workload.training is not None else 0
-        return Bench(self.light, self.runtime, self.threads, self.judge, self.original.values, modelled, heal)
+        return Bench(
+            self.light, self.runtime, self.threads, self.judge, self.original.values, self.device, modelled, heal
+        )
 
     @property
     def light(self) -> Workload:

@@ -12,7 +12,7 @@ from torch import nn
 from lilliput.budget import Budget
 from lilliput.errors import UserError
 from lilliput.fitting.build import Bench
-from lilliput.measuring import Measured, artifact_bytes, fresh_process_memory, measure_speed
+from lilliput.measuring import Measured, artifact_bytes, fresh_process_memory, generator, measure_speed
 from lilliput.metrics import latency, quality
 from lilliput.workload import Workload
 
@@ -52,7 +52,7 @@ def compare_speed(work: Workload, original: Any, fitted: Any) -> latency.Compari
     ids = work.example["input_ids"][:, :4]
 
     def tokens(session):
-        return lambda: list(islice(session.generate(ids, 6), 6))
+        return lambda: list(islice(generator(session)(ids, 6), 6))
 
     return latency.compare(tokens(original), tokens(fitted), rounds=9)
 

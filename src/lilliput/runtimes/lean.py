@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilliput.anatomy import anatomy
 from lilliput.errors import UserError
 from lilliput.runtimes import Runtime, Session
 from lilliput.workload import Batch, Workload
@@ -47,13 +46,12 @@ class LeanSession(Session):
 
     def __init__(self, model: nn.Module, max_length: int):
         parts: Any = model
-        plan = anatomy(model)
         inner = parts.model
         self.max_length = max_length
         self.embedding, self.head = inner.embed_tokens, parts.lm_head
         self.norm = _norm(inner.norm)
-        self.blocks = [self._block(model, block) for block in plan.blocks]
-        self.head_dim = plan.blocks[0].attention.head_dim  # type: ignore[union-attr]
+        self.head_dim: int = inner.layers[0].self_attn.head_dim
+        self.blocks = [self._block(layer) for layer in inner.layers]
         self.scaling = self.head_dim**-0.5
         positions = torch.arange(max_length).unsqueeze(0)
         cos, sin = inner.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
@@ -61,19 +59,22 @@ class LeanSession(Session):
         sign = torch.cat([-torch.ones(half), torch.ones(half)])
         self.cos, self.signed_sin = cos[0].unsqueeze(1), (sin[0] * sign).unsqueeze(1)  # (length, 1, head_dim)
 
-    def _block(self, model: nn.Module, block) -> _Block:
-        layer: Any = model.get_submodule(block.name)
-        a = block.attention
-        cache = [torch.zeros(a.kv_heads, self.max_length, a.head_dim) for _ in range(2)]
+    def _block(self, layer: Any) -> _Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        kv_heads = _outputs(attention.k_proj) // self.head_dim
         return _Block(
             _norm(layer.input_layernorm),
-            *(model.get_submodule(n) for n in (a.q, a.k, a.v, a.o)),
+            attention.q_proj,
+            attention.k_proj,
+            attention.v_proj,
+            attention.o_proj,
             _norm(layer.post_attention_layernorm),
-            layer.mlp.gate_proj,
-            layer.mlp.up_proj,
-            layer.mlp.down_proj,
-            a.kv_heads,
-            *cache,
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            kv_heads,
+            keys=torch.zeros(kv_heads, self.max_length, self.head_dim),
+            values=torch.zeros(kv_heads, self.max_length, self.head_dim),
         )
 
     @torch.inference_mode()
@@ -134,6 +135,11 @@ class LeanSession(Session):
         return out[0].transpose(0, 1).reshape(length, -1)
 
 
+def _outputs(module: Any) -> int:
+    """Outputs of a linear layer, also of one that is a sequence of factors."""
+    return module[-1].out_features if isinstance(module, nn.Sequential) else module.out_features
+
+
 def _norm(module: Any) -> tuple[Tensor, float]:
     return module.weight, module.variance_epsilon
 
@@ -158,7 +164,7 @@ class Lean(Runtime):
         if type(model).__name__ not in FAMILIES:
             return [f"lean runs {', '.join(FAMILIES)}, this is a {type(model).__name__}"]
         parts: Any = model
-        config, dtype, blocks = parts.config, parts.model.norm.weight.dtype, anatomy(model).blocks
+        config, dtype = parts.config, parts.model.norm.weight.dtype
         reasons, positions = [], _positions(config)
         if getattr(config, "hidden_act", "silu") != "silu":
             reasons.append(f"lean runs the activation silu, this model has {config.hidden_act}")
@@ -168,7 +174,7 @@ class Lean(Runtime):
             reasons.append(f"lean has rotary positions of the kinds {', '.join(POSITIONS)}, this model has {positions}")
         if dtype != torch.float32:
             reasons.append(f"lean computes in float32, this model is in {str(dtype).removeprefix('torch.')}")
-        if len(blocks) < len(parts.model.layers) or any(b.attention is None or b.mlp is None for b in blocks):
+        if not all(hasattr(b.self_attn, "q_proj") and hasattr(b.mlp, "gate_proj") for b in parts.model.layers):
             reasons.append("a block has no attention or no feed-forward part")
         return reasons
 

@@ -1,7 +1,7 @@
 """Uniform grids of weights: choose scale and zero per group of inputs, round, and go back.
 
-Throughout, `w` is (N, K), `scale` and `zero` are (N, K / group), a code q is an integer in 0 .. 2**bits - 1 and stands for
-the value (q - 2**(bits - 1)) * scale + zero. Scale and zero hold bfloat16 values: that is how they are stored.
+Throughout, `w` is (N, K), `scale` and `zero` are (N, K / group), a code q is an integer in 0 .. 2**bits - 1 and stands
+for the value (q - 2**(bits - 1)) * scale + zero. Scale and zero hold bfloat16 values: that is how they are stored.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from lilliput.errors import UserError
 def choose_grid(w: Tensor, bits: int, group: int, symmetric: bool = False, search: int = 0) -> tuple[Tensor, Tensor]:
     """(N, K) -> scale, zero (N, K / group) that span each group's range.
 
-    `symmetric` fixes zero at 0. `search` > 0 tries that many smaller ranges (down to half) and keeps, per group, the one
-    with the smallest squared error.
+    `symmetric` fixes zero at 0. `search` > 0 tries that many smaller ranges (down to half) and keeps, per group, the
+    one with the smallest squared error.
     """
     grouped = _grouped(w, group)
     low, high = grouped.amin(-1), grouped.amax(-1)

@@ -22,7 +22,7 @@ from lilliput.methods.quantize._grid import dequantize
 INT4_GROUPS = (32, 64, 128, 256)  # what the packed 4-bit operator takes
 
 
-CHUNK_ROWS = 2048  # rows converted at a time, so that the temporaries stay small; a multiple of the operator's blocks
+CHUNK_ROWS = 256  # rows converted at a time, so that the temporaries stay small; a multiple of the operator's blocks
 
 
 def pack_codes(q: Tensor, bits: int) -> Tensor:
