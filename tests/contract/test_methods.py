@@ -310,7 +310,7 @@ def damaged(model):
     hurt = type(model)(model.config) if hasattr(model, "config") else type(model)()
     generator = torch.Generator().manual_seed(0)
     state = {
-        k: v + 0.5 * v.std() * torch.randn(v.shape, generator=generator) if v.ndim > 1 else v
+        k: v + 2 * v.std() * torch.randn(v.shape, generator=generator) if v.ndim > 1 else v
         for k, v in model.state_dict().items()
     }
     hurt.load_state_dict(state)

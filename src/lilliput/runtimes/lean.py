@@ -137,7 +137,8 @@ class LeanSession(Session):
 
 def _outputs(module: Any) -> int:
     """Outputs of a linear layer, also of one that is a sequence of factors."""
-    return module[-1].out_features if isinstance(module, nn.Sequential) else module.out_features
+    last: Any = module[-1] if isinstance(module, nn.Sequential) else module
+    return last.out_features
 
 
 def _norm(module: Any) -> tuple[Tensor, float]:
