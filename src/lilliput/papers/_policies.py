@@ -67,10 +67,10 @@ class Problem:
         ranks = dict(zip(self.factored, (KEPT[g] for g in genome[len(self.pruned) :])))
         model = copy.deepcopy(self.model)
         if layers := {n: {"ratio": r} for n, r in rates.items() if r > 0}:
-            model = Channels().apply(model, self.work, layers)
+            model = Channels().apply_(model, self.work, Channels().resolve(model, layers))
         left = set(Tucker().targets(model))  # a convolution with hardly any channels left cannot be factored
         if layers := {n: {"ratio": r} for n, r in ranks.items() if r < 1 and n in left}:
-            model = Tucker().apply(model, self.work, layers)
+            model = Tucker().apply_(model, self.work, Tucker().resolve(model, layers))
         renew_norms_(model, self.work)
         return model
 

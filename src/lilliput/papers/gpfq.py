@@ -64,7 +64,8 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
         figure=f"error falls as inputs^{slopes[0]:.2f} (rounding ^{slopes[1]:.2f}); mean accuracy {gain[0]:+.1f} ± "
         f"{gain[1]:.1f} points over rounding on the same alphabet",
         limits="Small networks and pictures instead of ImageNet; weights only. GPTQ is given the same steps but may "
-        "use one letter more (-2**(bits-1)). Convolutions see a sample of their patches.",
+        "use one letter more (-2**(bits-1)); as published it aims at a layer's output on its changed inputs, GPFQ at "
+        "the float network's, so only GPFQ makes good for earlier layers. Convolutions see a sample of their patches.",
     )
 
 
@@ -104,7 +105,8 @@ def quantized(work: Workload, bits: int, rule: Rule) -> nn.Module:
             step = alphabet_step(w, levels, "max", MULTIPLE[bits], per_neuron=False)
             data = rule not in DATA_FREE
             moments = paired_moments(model, work.model, work, work.calibration, name) if data else Moments(name)
-            layer.weight.copy_(rule(w, moments, step, bits).view(layer.weight.shape))  # type: ignore[operator, union-attr, arg-type]
+            weight = layer.get_parameter("weight")
+            weight.copy_(rule(w, moments, step, bits).view(weight.shape))
     return model
 
 

@@ -1,6 +1,6 @@
 """The candidates of a finished fit as a table: the original, the uniform rivals, and the chosen model as verified.
 
-make demo && python benchmarks/from_run.py runs/smollm2-135m     # writes results/fit.smollm2-135m.csv
+make demo && python benchmarks/fit.py runs/smollm2-135m     # writes results/fit.smollm2-135m.csv
 """
 
 from __future__ import annotations
