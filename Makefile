@@ -1,4 +1,4 @@
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .PHONY: demo test check clean
@@ -14,6 +14,7 @@ check: .venv/dev.stamp  ## format, lint, types
 	$(BIN)/pyright
 
 .venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Lilliput needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 

@@ -131,10 +131,10 @@ def test_truncated_weights_are_refused(llama_work, tmp_path):
     save(llama_work.model, tmp_path / "a", llama_work)
     path = tmp_path / "a" / WEIGHTS
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="model.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         load(tmp_path / "a")
     path.write_bytes((2**62).to_bytes(8, "little") + b"{}")
-    with pytest.raises(UserError, match="model.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         load(tmp_path / "a")
 
 

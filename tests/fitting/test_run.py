@@ -65,7 +65,7 @@ def test_wrong_options_are_named(options, message, llama_work, tmp_path):
 def test_nan_in_calibration_is_told(llama_work, tmp_path):
     with torch.no_grad():
         llama_work.model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(lp.UserError, match="finite|NaN|differ"):
+    with pytest.raises(lp.UserError, match=r"finite|NaN|differ"):
         lp.fit(llama_work, "size<=60%", out=tmp_path / "run", **FAST)
 
 
@@ -120,7 +120,9 @@ def start(out: Path, resume: bool, minutes: float) -> subprocess.Popen:
     tests = str(Path(__file__).parents[1])
     code = SCRIPT.format(tests=tests, out=str(out), resume=resume, minutes=minutes)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
 
 
 def wait_for(folder: Path, pattern: str, process: subprocess.Popen, count: int = 1, seconds: float = 300) -> None:

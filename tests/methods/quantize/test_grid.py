@@ -48,7 +48,7 @@ def test_codes_are_the_nearest_grid_points(bits, symmetric, search):
     _, least = reference_codes(w, scale, zero, bits)
     back = grouped(dequantize(q, scale, zero, bits), 16)
     assert q.dtype == torch.int32
-    assert 0 <= q.min()
+    assert q.min() >= 0
     assert q.max() < 2**bits
     np.testing.assert_allclose(np.abs(back - grouped(w, 16)), least, atol=1e-6)
 
@@ -102,7 +102,7 @@ def test_the_range_search_never_raises_the_error_of_any_group(bits):
         assert found.sum() < plain.sum()
 
 
-@pytest.mark.parametrize("bits", (2, 3))
+@pytest.mark.parametrize("bits", [2, 3])
 def test_the_search_finds_the_best_of_its_ranges(bits):
     w, tried = weights(6, 64), 10
     errors = []

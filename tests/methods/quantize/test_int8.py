@@ -57,9 +57,7 @@ def test_the_search_lowers_the_squared_error():
     with torch.no_grad():
         model[0].weight.normal_(0, 0.01)
         model[0].weight[:, 0] = 0.05
-    errors = [
-        float((Int8(search=n).apply(model)[0].dequantized() - model[0].weight).square().sum()) for n in (0, 40)
-    ]
+    errors = [float((Int8(search=n).apply(model)[0].dequantized() - model[0].weight).square().sum()) for n in (0, 40)]
     assert errors[1] <= errors[0]
 
 
