@@ -35,7 +35,10 @@ class Group(Method):
     )
 
     def targets(self, model: nn.Module) -> Iterator[str]:
-        yield from (n for n in quantizable(model) if model.get_submodule(n).in_features % 8 == 0)
+        for name in quantizable(model):
+            layer = model.get_submodule(name)
+            if isinstance(layer, nn.Linear) and layer.in_features % 8 == 0:
+                yield name
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         return replace_linears_(model, layers, _codes)
