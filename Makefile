@@ -11,7 +11,7 @@ test: .venv/test.stamp  ## every test
 check: .venv/dev.stamp  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Lilliput needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
