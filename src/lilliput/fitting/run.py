@@ -245,7 +245,7 @@ class _Job:
                 self._timed("recover")
                 return tried
         self._timed("recover")
-        return plan, plan.apply(self.light)
+        return plan, plan.apply(self.workload)
 
     def hand_over(self) -> Fitted:
         """Steps 7 and 8: prove the best candidate in a fresh process, verify on untouched data, save, report.
