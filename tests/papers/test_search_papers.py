@@ -96,6 +96,14 @@ def test_every_knob_saves(problem):
     assert torch.isfinite(problem.build(full.genome)(torch.randn(2, 1, 28, 28))).all()
 
 
+def test_held_accuracy_is_counted_on_the_held_pictures(problem):
+    genome = problem.uniform(0.5, 0.5)
+    model, batch = problem.build(genome), problem.held[0]
+    with torch.no_grad():
+        right = (model(batch["input"]).argmax(-1) == batch["label"]).sum().item()
+    assert problem.held_accuracy(genome) == pytest.approx(100 * right / 16)
+
+
 def test_an_evaluation_is_done_once(problem, monkeypatch):
     genome = (1,) * len(problem.levels)
     first = problem.evaluate(genome)
@@ -106,6 +114,7 @@ def test_an_evaluation_is_done_once(problem, monkeypatch):
 def test_the_original_is_not_changed(problem):
     before = {k: v.clone() for k, v in problem.model.state_dict().items()}
     problem.tuned_accuracy(problem.uniform(0.5, 0.5), steps=2, seed=0)
+    problem.held_accuracy(problem.uniform(0.5, 0.5))
     assert all(torch.equal(before[k], v) for k, v in problem.model.state_dict().items())
 
 

@@ -83,11 +83,11 @@ class Problem:
             self._points[genome] = Point(genome, accuracy, macs / self._dense[0], size / self._dense[1])
         return self._points[genome]
 
-    @torch.inference_mode()
     def held_accuracy(self, genome: Genome) -> float:
         """Percent on validation pictures that no search saw."""
-        model = self.build(genome)
-        right = [(model(b["input"]).argmax(-1) == b["label"]).float() for b in self.held]
+        model = self.build(genome)  # traces with gradients, so it stays outside the inference mode
+        with torch.inference_mode():
+            right = [(model(b["input"]).argmax(-1) == b["label"]).float() for b in self.held]
         return 100 * float(torch.cat(right).mean())
 
     def tuned_accuracy(self, genome: Genome, steps: int, seed: int) -> float:
