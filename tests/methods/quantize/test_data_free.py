@@ -21,7 +21,7 @@ from lilliput.methods.quantize._equalize import (
     output_ranges,
 )
 from lilliput.methods.quantize._qdq import Int8Conv2d
-from lilliput.methods.quantize._statistics import fold_batchnorm_, input_ranges, sampled_moments
+from lilliput.methods.quantize._statistics import fold_batchnorm_, input_ranges, like_pictures, sampled_moments
 from lilliput.methods.quantize.data_free import DataFree, best_step, fit_codes, prepare_, refit
 
 
@@ -196,6 +196,18 @@ def test_propagated_samples_have_the_stored_moments_too(tiny_cnn):
     off = [m.gram[0] - m.mean[0].outer(m.mean[0]) for m in by.values()]
     off = [float((o - o.diagonal().diag()).norm() / o.norm()) for o in off]
     assert off[1] > 2 * off[0]  # the correlations that the weights make
+
+
+def test_pictures_are_smooth_and_standard():
+    white = torch.randn(64, 2, 32, 24, generator=torch.Generator().manual_seed(0))
+    found = like_pictures(white)
+    assert found.shape == white.shape
+    assert float(found.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(found.std()) == pytest.approx(1, abs=1e-4)
+    power = torch.fft.rfft2(found).abs().square().mean((0, 1))[0]  # along the width, frequencies 0 .. 12
+    slope = np.polyfit(np.log(np.arange(1, 12)), np.log(power[1:12].numpy()), 1)[0]
+    assert slope == pytest.approx(-2, abs=0.3)  # amplitude as 1 / frequency
+    assert torch.isfinite(like_pictures(torch.randn(1, 1, 1, 1))).all()
 
 
 def test_ranges_are_six_deviations_out(tiny_cnn):

@@ -82,7 +82,8 @@ class StatSampler(fx.Interpreter):
 
     "independent": normal samples with the stored moments, one per position and channel. "propagated" (ours, not the
     paper's): what the layer makes of its sampled input, moved to the stored moments, which keeps the correlations that
-    the weights themselves cause. "noise": nothing is replaced. `sigma` puts mean + sigma * std everywhere instead.
+    the weights themselves cause; the input is noise as smooth as pictures are. "noise": nothing is replaced. `sigma`
+    puts mean + sigma * std everywhere instead.
     """
 
     def __init__(self, graph: fx.GraphModule, stats: Stats, sampler: str, generator: torch.Generator):
@@ -112,12 +113,23 @@ class StatSampler(fx.Interpreter):
     def run_on(self, shape: Sequence[int]) -> dict[str, Tensor]:
         """One run on standard normal noise; the inputs of every module by name. Raises UserError on a wrong size."""
         noise = torch.randn(tuple(shape), generator=self.generator)
+        if self.sampler == "propagated" and noise.dim() == 4:
+            noise = like_pictures(noise)
         try:
             with torch.no_grad():
                 self.run(noise if self.sigma is None else torch.full_like(noise, self.sigma))
         except RuntimeError as error:
             raise UserError(f"the network does not take inputs of {tuple(shape[1:])} ({error}); set `size`") from None
         return self.inputs
+
+
+def like_pictures(noise: Tensor) -> Tensor:
+    """White noise (B, C, H, W) with the 1 / frequency spectrum of natural pictures, mean 0 and variance 1 over all."""
+    height, width = noise.shape[2:]
+    frequency = torch.hypot(torch.fft.fftfreq(height).unsqueeze(1), torch.fft.rfftfreq(width))
+    spectrum = torch.fft.rfft2(noise) / frequency.clamp_min(1 / max(height, width))
+    pictures = torch.fft.irfft2(spectrum, s=(height, width))
+    return (pictures - pictures.mean()) / pictures.std(correction=0).clamp_min(1e-6)
 
 
 def input_shape(graph: fx.GraphModule, batch: int, size: int) -> tuple[int, ...]:
