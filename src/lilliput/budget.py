@@ -6,6 +6,7 @@ Everything is kept in base units that the keys name: `latency_ms`, `memory_bytes
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -105,6 +106,12 @@ class Budget:
         resolved = Budget.__new__(Budget)
         resolved._set([_absolute(limit, original) if limit.relative else limit for limit in self._limits])
         return resolved
+
+    def scaled(self, share: float) -> Budget:
+        """This budget with every absolute limit but that on quality multiplied by `share`."""
+        other = Budget.__new__(Budget)
+        other._set([x if x.key == DROP else dataclasses.replace(x, number=x.number * share) for x in self._limits])
+        return other
 
     def slack(self, measured: Mapping[str, float]) -> dict[str, float]:
         """Key -> (limit - measured) / limit: the unused share of each limit, negative when it is broken."""

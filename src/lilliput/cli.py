@@ -86,10 +86,11 @@ def fit(
     """Fit a model into a budget and prove it on this machine."""
     import lilliput as lp
     from lilliput.fitting.aim import AlreadyInside
+    from lilliput.fitting.request import check_names
 
     parsed = lp.Budget(budget)
     minutes = parse_minutes(time_limit)
-    _check_names(runtime, sampler)
+    check_names(runtime, sampler)
     workload = lp.Workload.from_name(model, **({"data": data} if data else {}))
     try:
         fitted = lp.fit(
@@ -117,19 +118,6 @@ def fit(
     _show(fitted.record, f"{fitted.summary()}\n{where}", as_json)
     if not fitted.met:
         raise typer.Exit(1)
-
-
-def _check_names(runtime: str | None, sampler: str) -> None:
-    """Refuse a wrong name before minutes of work."""
-    from lilliput.errors import UserError
-    from lilliput.method import method_names
-    from lilliput.runtimes import find_runtime
-
-    samplers = [name.removeprefix("search.") for name in method_names("search.*")]
-    if sampler not in samplers:
-        raise UserError(f"the sampler is {sampler!r}; choose one of {', '.join(samplers)}")
-    if runtime is not None:
-        find_runtime(runtime)
 
 
 def parse_minutes(text: str) -> float:

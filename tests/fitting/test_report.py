@@ -15,6 +15,7 @@ from plotly import graph_objects
 from lilliput.device import Device
 from lilliput.fitting.decoder_space import decoder_space
 from lilliput.fitting.layers import bytes_by_part
+from lilliput.fitting.predict import Predictor
 from lilliput.fitting.report import charts, sections, words
 from lilliput.fitting.report.front import drop_of_damage, front, pareto
 from lilliput.fitting.report.heat import heat, strength
@@ -431,16 +432,18 @@ def test_milliseconds_of_the_parts_add_up(llama_work):
     device = Device.load("raspberry-pi-4")
     space = decoder_space(llama_work, ("quantize", "prune"), ["token_ms"], 0.5, 1e6, 1, device)
     none = (0,) * len(space.units)
+    factors = {"overhead": 2.0, "int8": 0.5, "int4 g32": 1.5}
+    predictor = Predictor(space, {"token_ms": factors})
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         genome = tuple(int(torch.randint(n, (1,), generator=generator)) for n in space.sizes)
-        assert sum(space.layer_ms(genome).values()) == pytest.approx(space.costs(genome)["token_ms"])
+        assert sum(space.layer_ms(genome, factors).values()) == pytest.approx(predictor.costs(genome)["token_ms"])
     dropped = tuple(int(u.name == "model.layers.1 block") for u in space.units)
     rows = bytes_by_part(
         llama_work.model,
         space.plan(dropped).apply(llama_work),
         space.labels(dropped),
-        (space.layer_ms(none), space.layer_ms(dropped)),
+        (space.layer_ms(none, {}), space.layer_ms(dropped, {})),
     )
     assert [r["name"] for r in rows] == ["model.layers.0", "model.layers.1", "lm_head"]
     assert (rows[1]["after_bytes"], rows[1]["after_ms"]) == (0, 0.0)

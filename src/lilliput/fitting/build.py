@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lilliput.artifact import save
 from lilliput.device import Device
 from lilliput.fitting.judge import Judge
 from lilliput.fitting.recover import recovering
 from lilliput.fitting.space import Genome, Space
-from lilliput.measuring import Measured, measure_speed, modelled_energy
+from lilliput.measuring import Measured, fresh_process_memory, measure_speed, modelled_energy
 from lilliput.metrics.memory import weight_bytes
 from lilliput.metrics.size import state_bytes
 from lilliput.plan import Plan
 from lilliput.runtimes import Runtime
 from lilliput.workload import Workload
+
+SURPRISE = 0.1  # relative distance of a measured from a predicted time
 
 
 @dataclass
@@ -33,19 +38,19 @@ class Bench:
     device: Device
     modelled: tuple[str, ...] = ()
     heal_steps: int = 0  # of distillation for a candidate whose structure changed, before it is judged
+    memory_offset: float = 0.0  # bytes a fresh process needs beyond the original's less the weights saved
 
     def quantities(
         self, model: nn.Module, space: Space | None = None, genome: Genome | None = None
     ) -> dict[str, float]:
         """Speed, memory and size of a built model.
 
-        Memory is the original's fresh-process peak less the weights saved; verify measures the final one afresh.
+        Memory is estimated from the weights; verify measures the final one in a fresh process.
         """
         result = Measured(self.runtime.name, self.threads, {})
         session = self.runtime.prepare(model, self.workload, self.threads)
         measure_speed(self.workload, session, result, quick=True)
-        saved = weight_bytes(self.workload.model) - weight_bytes(model)
-        result.values["memory_bytes"] = self.original["memory_bytes"] - saved
+        result.values["memory_bytes"] = self._memory(model) + self.memory_offset
         result.values["size_bytes"] = float(state_bytes(model.state_dict()))
         ms = result.values.get("token_ms", result.values.get("latency_ms", 0.0))
         result.values["energy_j"] = modelled_energy(self.workload, model, self.device, ms)
@@ -54,13 +59,37 @@ class Bench:
             result.values |= {k: costs[k] for k in self.modelled if k in costs}
         return result.values
 
+    def _memory(self, model: nn.Module) -> float:
+        """The original's peak in a fresh process less the bytes of weights saved."""
+        return self.original["memory_bytes"] - (weight_bytes(self.workload.model) - weight_bytes(model))
+
+    def memory_offset_of(self, model: nn.Module) -> float:
+        """What a fresh process that loads and runs `model` takes beyond the estimate."""
+        self.runtime.prepare(model, self.workload, self.threads)(self.workload.example)  # lays out packed weights
+        with tempfile.TemporaryDirectory() as folder:
+            path = save(model, Path(folder) / "model", self.workload)
+            return fresh_process_memory(path, self.runtime.name, self.threads) - self._memory(model)
+
     def candidate(
-        self, number: int, name: str, plan: Plan, space: Space | None, genome: Genome | None
+        self,
+        number: int,
+        name: str,
+        plan: Plan,
+        space: Space | None,
+        genome: Genome | None,
+        predicted: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
-        """Build, measure and score one plan; everything a record keeps of it."""
+        """Build, measure and score one plan; everything a record keeps of it.
+
+        A time that is far from what was `predicted` is taken again, and the shorter one counts: other programs only
+        ever make it longer.
+        """
         plan = recovering(plan, steps=self.heal_steps) or plan if self.heal_steps else plan
         model = plan.apply(self.workload)
         measured = self.quantities(model, space, genome)
+        time_key = "token_ms" if "token_ms" in measured else "latency_ms"
+        if predicted and abs(measured[time_key] / predicted.get(time_key, measured[time_key]) - 1) > SURPRISE:
+            measured = min(measured, self.quantities(model, space, genome), key=lambda m: m[time_key])
         subject = model
         if self.workload.kind != "causal_lm":
             subject = self.runtime.prepare(model, self.workload, self.threads)
@@ -74,7 +103,9 @@ class Bench:
             "heat": space.heat(genome) if space and genome else [],
             "measured": measured | {"drop": verdict.drop},
             "damage": verdict.damage,
+            "damage_error": verdict.error,
             "score": vars(verdict.score),
+            "predicted": dict(predicted or {}),
         }
 
 

@@ -5,7 +5,7 @@ Costs are sums over the linear layers that a genome leaves: milliseconds from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ class DecoderSpace(Space):
     blocks: tuple[str, ...] = ()
     block_list: str = ""
     scale_ms: float = 1.0
-    _known: dict[tuple, tuple[float, float]] = field(default_factory=dict)
+    _known: dict[tuple, tuple[float, float, str]] = field(default_factory=dict)
 
     def kept(self, layer: _Layer, genome: Genome) -> tuple[int, int] | None:
         """Shape of a layer after pruning, None when its block is gone."""
@@ -96,33 +96,43 @@ class DecoderSpace(Space):
         rank = svd_rank(*shape, method.rank)
         return [(label, (rank, shape[1])), (label, (shape[0], rank))]
 
-    def layer_cost(self, index: int, genome: Genome) -> tuple[float, float]:
-        """(milliseconds of a token, bytes) of one layer."""
+    def layer_cost(self, index: int, genome: Genome) -> tuple[float, float, str]:
+        """(milliseconds of a token, bytes, format) of one layer."""
         layer = self.layers[index]
         units = (layer.format_unit, layer.neurons_unit, layer.rank_unit, layer.drop_unit)
         key = (index, *(genome[u] if u >= 0 else 0 for u in units))
         if key not in self._known:
             products = self.products(index, genome)
             ms = sum(self.table.ms(label, shape) for label, shape in products)
-            self._known[key] = ms, float(sum(format_bytes(label, shape) for label, shape in products))
+            size = float(sum(format_bytes(label, shape) for label, shape in products))
+            self._known[key] = ms * self.scale_ms, size, products[0][0] if products else FLOAT
         return self._known[key]
 
-    def costs(self, genome: Genome) -> dict[str, float]:
-        per_layer = [self.layer_cost(i, genome) for i in range(len(self.layers))]
-        weights = sum(size for _, size in per_layer)
+    def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:
+        """Time by format and what lies outside the layers; bytes are exact."""
         dropped = sum(genome[u] != 0 for u in self._drop_units())
-        ms = sum(ms for ms, _ in per_layer) * self.scale_ms + self.overhead_ms * (len(self.blocks) - dropped)
-        return {"token_ms": ms, "memory_bytes": weights + self.fixed_bytes, "size_bytes": weights}
+        ms = {"overhead": self.overhead_ms * (len(self.blocks) - dropped)}
+        weights = 0.0
+        for index in range(len(self.layers)):
+            layer_ms, size, label = self.layer_cost(index, genome)
+            ms[label] = ms.get(label, 0.0) + layer_ms
+            weights += size
+        return {
+            "token_ms": ms,
+            "memory_bytes": {"weights": weights, "fixed": self.fixed_bytes},
+            "size_bytes": {"weights": weights},
+        }
 
-    def layer_ms(self, genome: Genome) -> dict[str, float]:
-        """Predicted milliseconds of a token in each block and in the head; they add up to `costs`' token_ms."""
-        per_layer = [self.layer_cost(i, genome)[0] * self.scale_ms for i in range(len(self.layers))]
+    def layer_ms(self, genome: Genome, factors: Mapping[str, float]) -> dict[str, float]:
+        """Milliseconds of a token in each block and in the head, corrected by `factors` of the parts of token_ms."""
         gone = {self.units[u].block for u in self._drop_units() if genome[u]}
-        found = {name: 0.0 if i in gone else self.overhead_ms for i, name in enumerate(self.blocks)}
-        for layer, ms in zip(self.layers, per_layer):
+        overhead_ms = self.overhead_ms * factors.get("overhead", 1.0)
+        found = {name: 0.0 if i in gone else overhead_ms for i, name in enumerate(self.blocks)}
+        for index, layer in enumerate(self.layers):
             unit = self.units[layer.format_unit]
             name = unit.name if unit.block is None else self.blocks[unit.block]
-            found[name] = found.get(name, 0.0) + ms
+            ms, _, label = self.layer_cost(index, genome)
+            found[name] = found.get(name, 0.0) + ms * factors.get(label, 1.0)
         return found
 
     def _drop_units(self) -> set[int]:
@@ -191,7 +201,10 @@ def decoder_space(
         {k: m for k, m in FORMATS.items() if not (timed and k in SLOW)} if "quantize" in families else {FLOAT: None}
     )
     space = DecoderSpace(
-        [], uniform_labels=("int8", "int4 g32"), blocks=tuple(b.name for b in parts.blocks), block_list=parts.block_list
+        [],
+        uniform_labels=("int8", "int4 g32", "-25.0% neurons", "rank 75%"),
+        blocks=tuple(b.name for b in parts.blocks),
+        block_list=parts.block_list,
     )
     for block in parts.blocks:
         _add_block(space, model, block, formats, families)
@@ -268,6 +281,7 @@ def _calibrate(space: DecoderSpace, token_ms: float, memory_bytes: float) -> Non
     rest = token_ms - predicted["token_ms"]
     if rest < 0:  # the table's layers were slower than in the model
         space.scale_ms = 0.9 * token_ms / predicted["token_ms"]
+        space._known.clear()
         rest = 0.1 * token_ms
     space.overhead_ms = rest / max(1, len(space.blocks))
     space.fixed_bytes = memory_bytes - predicted["memory_bytes"]

@@ -33,6 +33,7 @@ from lilliput.workload import Workload
 CHANNELS = (0.125, 0.25, 0.375, 0.5)
 RANKS = (0.75, 0.5, 0.35)
 ROUND_TO = 8  # channels kept are a multiple of this: the vector width that 8-bit convolutions like
+FEATURES = ("fixed", "float operations", "int8 operations", "float layers", "int8 layers")  # of the latency model
 PROBES = 14  # random genomes that teach the latency
 
 
@@ -80,20 +81,24 @@ class FeedforwardSpace(Space):
         return found
 
     def features(self, genome: Genome) -> np.ndarray:
-        """1, float operations, int8 operations (both per 1e9), float layers, int8 layers."""
+        """One number for each of `FEATURES`; operations are counted in 1e9."""
         rows = self.rows(genome)
         sums = [sum(r[column] for r in rows if r[0] is int8) for column in (1, 3) for int8 in (False, True)]
         return np.array([1.0, sums[0] / 1e9, sums[1] / 1e9, sums[2], sums[3]])
 
-    def costs(self, genome: Genome) -> dict[str, float]:
+    def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:
         rows = self.rows(genome)
         weights = sum(w * (1 if int8 else 4) for int8, _, w, _ in rows)
         if self.device is None:
-            ms = float(self.features(genome) @ self.coefficients)
+            ms = dict(zip(FEATURES, (self.features(genome) * self.coefficients).tolist()))
         else:
             layers = [(w * (1 if int8 else 4), ops, "int8" if int8 else "fp32") for int8, ops, w, _ in rows]
-            ms = self.device.predict_latency(layers, self.threads)
-        return {"latency_ms": ms, "memory_bytes": weights + self.fixed_bytes, "size_bytes": weights}
+            ms = {"all": self.device.predict_latency(layers, self.threads)}
+        return {
+            "latency_ms": ms,
+            "memory_bytes": {"weights": weights, "fixed": self.fixed_bytes},
+            "size_bytes": {"weights": weights},
+        }
 
 
 def feedforward_space(

@@ -14,9 +14,10 @@ from lilliput.workload import Score, Workload
 
 @dataclass
 class Verdict:
-    """Increase of the loss (nats) with the candidate's score, and its relative drop."""
+    """Increase of the loss (nats) with its standard error, the candidate's score, and its relative drop."""
 
     damage: float
+    error: float
     score: Score
     drop: float
 
@@ -58,8 +59,9 @@ class Judge:
             divergences = [
                 F.kl_div(new, old, log_target=True, reduction="none").sum(-1).flatten() for old, new in pairs
             ]
-            damage = float(torch.cat(divergences).mean())
+            worse = torch.cat(divergences)
         else:
-            damage = float((values - self.values).mean())
+            worse = values - self.values
+        error = float(worse.std()) / len(worse) ** 0.5 if len(worse) > 1 else 0.0
         score = self.workload.summarize(values)
-        return Verdict(damage, score, self.workload.metric.drop(self.score.value, score.value))
+        return Verdict(float(worse.mean()), error, score, self.workload.metric.drop(self.score.value, score.value))

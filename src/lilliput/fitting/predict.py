@@ -10,49 +10,68 @@ import numpy as np
 from lilliput.budget import Budget
 from lilliput.fitting.space import Genome, Space
 
-SHRINK = 0.3  # how strongly a coefficient is pulled to 1 while few candidates were measured
+SHRINK = {"costs": 0.03, "damage": 0.3}  # how strongly coefficients are pulled to 1 while little was measured
+LOWEST = 0.05  # of a coefficient
+Parts = Mapping[str, float]  # what a prediction is the sum of
+Sample = tuple[Genome, Mapping[str, float], float]  # a built candidate: genome, measured quantities, measured damage
 
 
 @dataclass
 class Predictor:
-    """Costs and damage of genomes. `learn` takes measured candidates; ratios correct costs, family weights damage."""
+    """Costs and damage of genomes: sums of the space's parts (a format's products, a family's damage, ...), each times
+    a coefficient that `learn` takes from measured candidates."""
 
     space: Space
-    ratio: dict[str, float] = field(default_factory=dict)
-    family: dict[str, float] = field(default_factory=dict)
+    coefficients: dict[str, dict[str, float]] = field(default_factory=dict)  # quantity -> part -> factor
 
     def costs(self, genome: Genome) -> dict[str, float]:
         """Corrected budget quantities but `drop`."""
-        return {k: v * self.ratio.get(k, 1.0) for k, v in self.space.costs(genome).items()}
+        return {key: self._total(key, parts) for key, parts in self.space.cost_parts(genome).items()}
 
     def damage(self, genome: Genome) -> float:
         """Corrected increase of the loss."""
-        return sum(v * self.family.get(k, 1.0) for k, v in self.space.predicted_damage(genome).items())
+        return self._total("damage", self.space.predicted_damage(genome))
 
-    def learn(self, measured: Sequence[tuple[Genome, Mapping[str, float], float]]) -> None:
-        """Correct from (genome, measured quantities, measured damage) of all candidates so far."""
+    def _total(self, key: str, parts: Parts) -> float:
+        factors = self.coefficients.get(key, {})
+        return sum(v * factors.get(name, 1.0) for name, v in parts.items())
+
+    def learn(self, measured: Sequence[Sample]) -> None:
+        """Correct from all candidates measured so far."""
         if not measured:
             return
-        raw = [self.space.costs(genome) for genome, _, _ in measured]
-        for key in raw[0]:
-            ratios = [m[key] / r[key] for r, (_, m, _) in zip(raw, measured) if key in m and r[key] > 0]
-            if ratios:
-                self.ratio[key] = float(np.median(ratios))
-        self._learn_damage(measured)
+        costs = [self.space.cost_parts(genome) for genome, _, _ in measured]
+        for key in costs[0]:
+            known = [(parts[key], m[key]) for parts, (_, m, _) in zip(costs, measured) if key in m]
+            if known:
+                self.coefficients[key] = regress(*zip(*known), shrink=SHRINK["costs"])
+        damages = [self.space.predicted_damage(genome) for genome, _, _ in measured]
+        target = [max(damage, 0.0) for _, _, damage in measured]
+        self.coefficients["damage"] = regress(damages, target, shrink=SHRINK["damage"])
 
-    def _learn_damage(self, measured) -> None:
-        """Relative ridge regression of measured damage on the families' predictions, coefficients not below 0.05."""
-        parts = [self.space.predicted_damage(genome) for genome, _, _ in measured]
-        names = sorted({name for part in parts for name in part})
-        if not names:
-            return
-        rows = np.array([[part.get(name, 0.0) for name in names] for part in parts])
-        target = np.array([max(damage, 0.0) for _, _, damage in measured])
-        weight = 1 / np.maximum(rows.sum(1), 1e-6)
-        design, wanted = rows * weight[:, None], target * weight
-        gram = design.T @ design + SHRINK * np.eye(len(names))
-        found = np.linalg.solve(gram, design.T @ wanted + SHRINK * np.ones(len(names)))
-        self.family = {name: float(max(value, 0.05)) for name, value in zip(names, found)}
+
+def regress(parts: Sequence[Parts], target: Sequence[float], shrink: float) -> dict[str, float]:
+    """Factors of the parts, by relative ridge regression of targets on sums of parts; pulled to 1, not below 0.05."""
+    names = sorted({name for part in parts for name in part})
+    rows = np.array([[part.get(name, 0.0) for name in names] for part in parts], float)
+    used = rows.sum(1) > 0
+    if not names or not used.any():
+        return {}
+    weight = 1 / np.maximum(rows[used].sum(1), 1e-6)
+    design, wanted = rows[used] * weight[:, None], np.asarray(target, float)[used] * weight
+    gram = design.T @ design + shrink * np.eye(len(names))
+    found = np.linalg.solve(gram, design.T @ wanted + shrink)
+    return {name: float(max(value, LOWEST)) for name, value in zip(names, found)}
+
+
+def left_out(space: Space, measured: Sequence[Sample]) -> list[tuple[dict[str, float], float]]:
+    """(costs, damage) of every candidate as predicted from all others, as the search sees one it has not built."""
+    found = []
+    for i, (genome, _, _) in enumerate(measured):
+        predictor = Predictor(space)
+        predictor.learn([*measured[:i], *measured[i + 1 :]])
+        found.append((predictor.costs(genome), predictor.damage(genome)))
+    return found
 
 
 def violation(budget: Budget, costs: Mapping[str, float], margin: float = 0.0) -> float:

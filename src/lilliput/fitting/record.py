@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lilliput.budget import format_quantity
 from lilliput.cache import write_atomically
 from lilliput.errors import UserError
 
@@ -78,3 +79,19 @@ def fresh_folder(parent: Path, name: str) -> Path:
     """`parent/name`, or with the first free number behind it."""
     names = [name, *(f"{name}-{i}" for i in range(2, 10_000))]
     return next(parent / n for n in names if not (parent / n).exists())
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The request and the answer in one line."""
+    v, original = record["verify"], record["original"]["values"]
+    parts = [
+        f"{key.rsplit('_', 1)[0].replace('_', ' ')} {format_quantity(key, original[key])} -> "
+        f"{format_quantity(key, v['measured'][key])}"
+        for key in record["limits"]
+        if key in original
+    ]
+    score = f"{v['score_before']['name']} {v['score_before']['value']:.4g} -> {v['score_after']['value']:.4g}"
+    state = "met" if not v["violations"] else "NOT met: " + "; ".join(v["violations"])
+    note = " (times modelled)" if record["modelled"] else ""
+    asked = f"{record['request']['workload']} into {record['request']['budget']}"
+    return f"{asked}: {state}. {', '.join([*parts, score])}{note}"

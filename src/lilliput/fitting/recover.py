@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 from torch import nn
 
 from lilliput.method import STAGES
 from lilliput.methods.distill.logits import Logits
 from lilliput.plan import Plan, Step
 from lilliput.workload import Workload
+
+TIMED_STEPS = 10
 
 
 def recovering(plan: Plan, **limits: float) -> Plan | None:
@@ -20,8 +24,22 @@ def recovering(plan: Plan, **limits: float) -> Plan | None:
 
 
 def recover(workload: Workload, plan: Plan, seconds: float) -> tuple[Plan, nn.Module] | None:
-    """Build the plan with recovery for `seconds`; None when there is nothing to recover, no data or no time."""
-    longer = recovering(plan, steps=1_000_000, seconds=seconds) if seconds >= 5 else None
-    if longer is None or workload.training is None:
+    """Build the plan with about `seconds` of recovery; None when there is nothing to recover, no data or no time.
+
+    A few steps are timed first: the plan then names a number of steps, so that it gives the same model anywhere.
+    """
+    trial = recovering(plan, steps=TIMED_STEPS)
+    if trial is None or workload.training is None:
         return None
-    return longer, longer.apply(workload)
+    with_steps, without = (_seconds(p, workload) for p in (trial, recovering(plan, steps=0) or plan))
+    per_step = max(with_steps - without, 1e-3) / TIMED_STEPS
+    steps = int((seconds - with_steps - 2 * without) / per_step)
+    longer = recovering(plan, steps=steps) if steps > TIMED_STEPS else None
+    return (longer, longer.apply(workload)) if longer else None
+
+
+def _seconds(plan: Plan, workload: Workload) -> float:
+    """How long a plan takes to apply."""
+    start = time.monotonic()
+    plan.apply(workload)
+    return time.monotonic() - start

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
+import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +20,13 @@ from lilliput.fitting.aim import aim
 from lilliput.fitting.build import Bench, key_of
 from lilliput.fitting.judge import Judge
 from lilliput.fitting.layers import bytes_by_part
-from lilliput.fitting.predict import Predictor, rank_correlation
+from lilliput.fitting.predict import Predictor, Sample, left_out, rank_correlation
 from lilliput.fitting.progress import Progress
-from lilliput.fitting.record import Run, fresh_folder
+from lilliput.fitting.record import Run, fresh_folder, summary
 from lilliput.fitting.recover import recover
 from lilliput.fitting.report.page import write_report
-from lilliput.fitting.search import search
+from lilliput.fitting.request import Options, read_options, remembered
+from lilliput.fitting.search import lagrangian_seeds, search
 from lilliput.fitting.space import Genome, Space
 from lilliput.fitting.spaces import build_space, rivals
 from lilliput.fitting.verify import prove, verify
@@ -35,12 +35,12 @@ from lilliput.plan import Plan
 from lilliput.workload import Workload
 
 DEFAULT_BUDGET = "memory<=50%, time_per_token<=50%"
-FAMILIES = ("quantize", "prune")
-KNOWN_FAMILIES = ("quantize", "prune", "factorize")
 HEAL_STEPS = 60  # of distillation before a feed-forward candidate is judged: without, pruning never pays
 SAFETY = 0.06  # share of a limit kept free while searching: a quick measurement errs by some percent
 PROOFS = 3  # candidates tried at most until one meets the budget in a fresh process
-RESERVE = 0.25  # share of the time kept for verification and the report
+RESERVE = 0.25  # share of the time kept for verification and the report, at least 1.5 times what measuring took
+FRONT = (0.75, 0.5, 0.35, 1.25)  # shares of the budget whose optima are built too: they show the front, teach the costs
+PATIENCE = 3  # rounds without a better candidate that end the search
 
 
 @dataclass
@@ -67,40 +67,19 @@ class Fitted:
         return summary(self.record)
 
 
-@dataclass(frozen=True)
-class Options:
-    """Everything a fit can be told besides workload and budget."""
-
-    minutes: float = 10
-    device: str | None = None
-    runtime: str | None = None
-    threads: int | None = None
-    families: tuple[str, ...] = FAMILIES
-    sampler: str = "genecai"
-    trials: int = 250
-    seed: int = 0
-    out: Path | None = None
-    resume: bool = False
-    storage: str | None = None
-    ray: str | None = None
-    recover: bool = True
-    rivals: bool = True
-    quiet: bool = False
-
-
 def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: Any) -> Fitted:
     """Fit `workload` into `budget` on this machine (or a modelled `device`); see `Options` for the rest.
 
     Writes `runs/<name>/` as it goes: with `resume=True` a killed fit goes on. Raises UserError when the budget is out
     of reach, with the distance. Ctrl-C keeps the best so far.
     """
-    o = _options(options)
+    o = read_options(options)
     budget = Budget(budget) if isinstance(budget, str) else budget
     start = time.monotonic()
     torch.manual_seed(o.seed)
     device = Device.load(o.device) if o.device else Device.here()
     folder = o.out or fresh_folder(Path("runs"), workload.name)
-    run = Run(folder, _request(workload, budget, device, o), o.resume)
+    run = Run(folder, remembered(workload, budget, device, o), o.resume)
     with Progress(o.minutes * 60, quiet=o.quiet) as progress:
         job = _Job(workload, budget, device, o, run, progress, start)
         return job.work()
@@ -117,6 +96,7 @@ class _Job:
         self.timings: dict[str, float] = {}
         self.trials: list[Genome] = []
         self.asked = budget
+        self.memory_offset = 0.0
 
     def work(self) -> Fitted:
         """All eight steps."""
@@ -162,28 +142,46 @@ class _Job:
             self.progress.say,
         )
         self.predictor = Predictor(self.space)
+        if "memory_bytes" in self.budget.limits and self.workload.source:
+            self.memory_offset = self.run.step("memory_offset", self._memory_offset)
         self._timed("probe")
 
+    def _memory_offset(self) -> float:
+        """Bytes that a fresh process needs beyond the original's less the weights saved: what unpacking takes."""
+        self.progress.say("memory in a fresh process")
+        plan = self.space.plan(lagrangian_seeds(self.predictor, self.budget, SAFETY)[0])
+        return self.bench.memory_offset_of(plan.apply(self.light))
+
     def search_and_build(self) -> None:
-        """Steps 4 and 5, in turn until the time is up: search on the predictors, build the best, correct."""
+        """Steps 4 and 5, in turn until the time is up or nothing better comes: search on the predictors, build the
+        best and an optimum of another budget, correct."""
         if self.options.rivals:
             for name, genome in rivals(self.space).items():
-                self._build(name, genome)
+                if self._left() > 0:
+                    self._build(name, genome)
+        stale = 0
         for round_ in range(20):
             self._learn()
-            found = self._search(round_)
-            known = {tuple(c["genome"]) for c in self.run.candidates() if c["genome"]}
-            fresh = [g for g in found if g not in known][:2]
-            if not fresh or (self._left() <= 0 and self.run.candidates()):
+            before = self.best() if self.run.candidates() else None
+            for name, found in (("joint", self._search(round_)), ("front", self._front_of(round_))):
+                fresh = [g for g in found if list(g) not in [c["genome"] for c in self.run.candidates()]][:1]
+                if fresh and (self._left() > 0 or not self.run.candidates()):
+                    self._build(f"{name} {round_ + 1}", fresh[0])
+            stale = 0 if self._improved_on(before) else stale + 1
+            if self._left() <= 0 or stale >= PATIENCE:
                 break
-            for genome in fresh:
-                if self._left() > 0 or not self.run.candidates():
-                    self._build(f"joint {round_ + 1}", genome)
         self._timed("search and build")
+
+    def _improved_on(self, before: dict[str, Any] | None) -> bool:
+        """Whether the best candidate is better than `before` by more than the noise of judging."""
+        best = self.best()
+        if before is None or self.budget.met(best["measured"]) > self.budget.met(before["measured"]):
+            return True
+        return best["damage"] < before["damage"] - best["damage_error"]
 
     def _search(self, round_: int) -> list[Genome]:
         self.progress.step("searching")
-        seconds = max(5.0, min(40.0, self._left() / 4))
+        seconds = max(1.0, min(40.0, self._left() / 4))
         start = [tuple(c["genome"]) for c in self._by_quality() if c["genome"]][:5]
         found = search(
             self.predictor,
@@ -201,23 +199,29 @@ class _Job:
         self.trials += found
         return found
 
+    def _front_of(self, round_: int) -> list[Genome]:
+        """The optimum of another budget, for the front."""
+        return lagrangian_seeds(self.predictor, self.budget.scaled(FRONT[round_ % len(FRONT)]), SAFETY)[:1]
+
     def _build(self, name: str, genome: Genome) -> None:
         plan = self.space.plan(genome)
         if any(c["genome"] == list(genome) for c in self.run.candidates()):
             return
         self.progress.step(f"building {name}")
         number = len(self.run.candidates()) + 1
-        candidate = self.bench.candidate(number, name, plan, self.space, genome)
-        if hasattr(self.space, "layer_ms"):
-            none = (0,) * len(genome)
-            candidate["layer_ms"] = [self.space.layer_ms(g) for g in (none, genome)]  # type: ignore[attr-defined]
-        candidate["predicted"] = self.predictor.costs(genome) | {"damage": self.predictor.damage(genome)}
+        predicted = self.predictor.costs(genome) | {"damage": self.predictor.damage(genome)}
+        candidate = self.bench.candidate(number, name, plan, self.space, genome, predicted)
         self.run.write(f"candidates/{key_of(plan)}", candidate)
         self.progress.best(self._best_line())
 
+    def _samples(self) -> list[Sample]:
+        """Every built candidate, and the original, as the predictor learns from them."""
+        none = (0,) * len(self.space.units)
+        built = [(tuple(c["genome"]), c["measured"], c["damage"]) for c in self.run.candidates() if c["genome"]]
+        return [(none, self.original.values, 0.0), *built]
+
     def _learn(self) -> None:
-        built = [c for c in self.run.candidates() if c["genome"]]
-        self.predictor.learn([(tuple(c["genome"]), c["measured"], c["damage"]) for c in built])
+        self.predictor.learn(self._samples())
 
     def best(self) -> dict[str, Any]:
         """The candidate that meets the budget with the least damage, else the one nearest to it."""
@@ -270,6 +274,9 @@ class _Job:
 
     def _record(self, best: dict[str, Any], plan: Plan, checked: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         built = self.run.candidates()
+        for c, (costs, damage) in zip([c for c in built if c["genome"]], left_out(self.space, self._samples())[1:]):
+            c["predicted"] = costs | {"damage": damage}
+        self._learn()
         judged = [c for c in built if c.get("predicted")]
         time_key = next((k for k in ("token_ms", "latency_ms") if judged and k in judged[0]["measured"]), "size_bytes")
         pairs = [(c["predicted"].get(time_key, 0.0), c["measured"][time_key]) for c in judged]
@@ -284,7 +291,7 @@ class _Job:
             "plan": plan.to_yaml(),
             "verify": checked,
             "front": self._front(),
-            "layers": bytes_by_part(self.workload.model, model, best["labels"], best.get("layer_ms")),
+            "layers": bytes_by_part(self.workload.model, model, best["labels"], self._layer_ms(best)),
             "heat": best["heat"],
             "predictors": {
                 "latency_rank_correlation": rank_correlation(*zip(*pairs)) if pairs else None,
@@ -295,7 +302,16 @@ class _Job:
             "runtime": self.runtime.name,
             "threads": self.threads,
             "modelled": list(self.bench.modelled),
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+
+    def _layer_ms(self, best: dict[str, Any]) -> list[dict[str, float]] | None:
+        """Milliseconds by layer before and after, from a space that knows them."""
+        if not hasattr(self.space, "layer_ms") or not best["genome"]:
+            return None
+        factors = self.predictor.coefficients.get("token_ms", {})
+        genomes = (0,) * len(best["genome"]), tuple(best["genome"])
+        return [self.space.layer_ms(g, factors) for g in genomes]  # type: ignore[attr-defined]
 
     def _front(self) -> list[dict[str, float]]:
         """Predicted costs and damage of up to 400 searched genomes, for the picture."""
@@ -311,8 +327,17 @@ class _Job:
     def bench(self) -> Bench:
         modelled = () if self.device.measured else ("latency_ms", "token_ms", "first_token_ms", "energy_j")
         heal = HEAL_STEPS if self.workload.kind != "causal_lm" and self.workload.training is not None else 0
+        original = self.original.values
         return Bench(
-            self.light, self.runtime, self.threads, self.judge, self.original.values, self.device, modelled, heal
+            self.light,
+            self.runtime,
+            self.threads,
+            self.judge,
+            original,
+            self.device,
+            modelled,
+            heal,
+            self.memory_offset,
         )
 
     @property
@@ -322,7 +347,9 @@ class _Job:
 
     def _left(self) -> float:
         """Seconds left for searching and building."""
-        return self.options.minutes * 60 * (1 - RESERVE) - (time.monotonic() - self.start)
+        limit = self.options.minutes * 60
+        reserve = max(RESERVE * limit, 1.5 * self.timings.get("measure", 0.0))
+        return limit - reserve - (time.monotonic() - self.start)
 
     def _timed(self, name: str) -> None:
         self.timings[name] = time.monotonic() - self.start - sum(self.timings.values())
@@ -332,49 +359,6 @@ class _Job:
         limits = ", ".join(format_quantity(k, best["measured"][k]) for k in self.budget.limits)
         state = "meets" if self.budget.met(best["measured"]) else "misses"
         return f"best so far {state} the budget: {limits}, {format_quantity('drop', best['measured']['drop'])} worse"
-
-
-def summary(record: dict[str, Any]) -> str:
-    """The request and the answer in one line."""
-    v, original = record["verify"], record["original"]["values"]
-    parts = [
-        f"{key.rsplit('_', 1)[0].replace('_', ' ')} {format_quantity(key, original[key])} -> "
-        f"{format_quantity(key, v['measured'][key])}"
-        for key in record["limits"]
-        if key in original
-    ]
-    score = f"{v['score_before']['name']} {v['score_before']['value']:.4g} -> {v['score_after']['value']:.4g}"
-    state = "met" if not v["violations"] else "NOT met: " + "; ".join(v["violations"])
-    note = " (times modelled)" if record["modelled"] else ""
-    asked = f"{record['request']['workload']} into {record['request']['budget']}"
-    return f"{asked}: {state}. {', '.join([*parts, score])}{note}"
-
-
-def _options(options: dict[str, Any]) -> Options:
-    known = {f.name for f in dataclasses.fields(Options)}
-    unknown = set(options) - known
-    if unknown:
-        raise UserError(f"fit has no option {', '.join(sorted(unknown))}; it has: {', '.join(sorted(known))}")
-    o = Options(**options)
-    if not o.minutes > 0:
-        raise UserError(f"minutes is {o.minutes!r}; give a time above zero")
-    wrong = [f for f in o.families if f not in KNOWN_FAMILIES]
-    if wrong or not o.families:
-        raise UserError(f"families is {', '.join(o.families) or 'empty'!r}; choose from {', '.join(KNOWN_FAMILIES)}")
-    return dataclasses.replace(o, families=tuple(o.families), out=Path(o.out) if o.out else None)
-
-
-def _request(workload: Workload, budget: Budget, device: Device, o: Options) -> dict[str, Any]:
-    return {
-        "workload": workload.name,
-        "budget": str(budget),
-        "device": device.name,
-        "families": list(o.families),
-        "sampler": o.sampler,
-        "minutes": o.minutes,
-        "seed": o.seed,
-        "command": shlex.join(["lilliput", *sys.argv[1:]]) if "lilliput" in sys.argv[0] else "lilliput.fit(...)",
-    }
 
 
 def reopen(folder: Path, workload: Workload) -> Fitted:

@@ -77,16 +77,24 @@ def ranked(predictor: Predictor, budget: Budget, margin: float, genomes: list[Ge
 
 
 def lagrangian_seeds(predictor: Predictor, budget: Budget, margin: float, steps: int = 9) -> list[Genome]:
-    """Optima of damage + price x cost, on the way of a bisection to the lowest price that meets the budget."""
+    """Optima of damage + price x cost, on the way of a bisection to the lowest price that meets the budget.
+
+    The one that meets it at the lowest price comes first, when there is one.
+    """
     space = predictor.space
-    base = predictor.costs((0,) * len(space.units))
-    limits = {k: v for k, v in budget.limits.items() if k in base}
-    low, high, found, genome = 1e-6, 1e3, [], None
+    limits = {k: v for k, v in budget.limits.items() if k in predictor.costs((0,) * len(space.units))}
+    low, high, met, genome = 1e-6, 1e3, None, None
+    found = []
     for _ in range(steps):
         price = (low * high) ** 0.5
-        prices = {k: price * predictor.ratio.get(k, 1.0) / v for k, v in limits.items()}
-        genome = greedy(space, prices, genome, rounds=1)
+
+        def value(candidate: Genome, price: float = price) -> float:
+            costs = predictor.costs(candidate)
+            return predictor.damage(candidate) + price * sum(costs[k] / v for k, v in limits.items())
+
+        genome = greedy(space.sizes, value, genome)
         feasible = violation(budget, predictor.costs(genome), margin) == 0
         low, high = (low, price) if feasible else (price, high)
+        met = genome if feasible else met
         found.append(genome)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([met, *found] if met else found))

@@ -6,7 +6,7 @@ A genome is one option index per unit, in the order of `Space.units`. Every unit
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +46,12 @@ class Space(ABC):
     uniform_labels: tuple[str, ...] = ()  # options that a joint search must beat when given to every unit
 
     @abstractmethod
+    def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:
+        """Quantity -> part -> what it adds, of all budget quantities but `drop`; parts are corrected one by one."""
+
     def costs(self, genome: Genome) -> dict[str, float]:
-        """Predicted budget quantities but `drop`."""
+        """Predicted budget quantities but `drop`, before correction."""
+        return {key: sum(parts.values()) for key, parts in self.cost_parts(genome).items()}
 
     def predicted_damage(self, genome: Genome) -> dict[str, float]:
         """Predicted increase of the loss by method family, before correction."""
@@ -101,20 +105,10 @@ def _index(unit: Unit, label: str) -> int:
     return next((i for i, option in enumerate(unit.options) if option.label == label), 0)
 
 
-def greedy(space: Space, price: Mapping[str, float], start: Sequence[int] | None = None, rounds: int = 2) -> Genome:
-    """Coordinate descent on damage + sum(price x cost): for additive costs the exact optimum of the Lagrangian."""
-    genome = list(start or [0] * len(space.units))
-
-    def value(candidate: list[int]) -> float:
-        costs = space.costs(tuple(candidate))
-        damage = sum(float(d[c]) for d, c in zip(space.damage, candidate))
-        return damage + sum(price[k] * costs[k] for k in price)
-
-    for _ in range(rounds):
-        before = list(genome)
-        for i, size in enumerate(space.sizes):
-            values = [value([*genome[:i], option, *genome[i + 1 :]]) for option in range(size)]
-            genome[i] = int(np.argmin(values))
-        if genome == before:
-            break
+def greedy(sizes: Sequence[int], value: Callable[[Genome], float], start: Sequence[int] | None = None) -> Genome:
+    """One sweep of coordinate descent on `value`; for sums over units it finds the optimum."""
+    genome = list(start or [0] * len(sizes))
+    for i, size in enumerate(sizes):
+        values = [value((*genome[:i], option, *genome[i + 1 :])) for option in range(size)]
+        genome[i] = int(np.argmin(values))
     return tuple(genome)

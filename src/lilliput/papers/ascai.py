@@ -26,7 +26,7 @@ paper = Paper(
 
 FLOOR = 1.0  # points of accuracy that may be lost, on the pictures of the search
 TEMPERATURE = 0.25  # points of accuracy below the floor at which the score falls to 1 / e (reconstructed)
-DEFAULT = Effort(evaluations=80, seeds=3, search_pictures=300, held_pictures=1000, test_pictures=2000, steps=30)
+DEFAULT = Effort(evaluations=48, seeds=3, search_pictures=300, held_pictures=1000, test_pictures=2000, steps=30)
 FULL = Effort(evaluations=500, seeds=5, search_pictures=1000, held_pictures=3000, test_pictures=10_000, steps=400)
 
 Search = Callable[[Problem, Effort, Callable[[Point], float], int], list[Point]]

@@ -34,7 +34,7 @@ paper = Paper(
 
 REFERENCE = (50.0, 1.0)  # error in percent, share of the operations: the worst corner of the hyper-volume
 LIMITS = (0.6, 0.4, 0.25)  # shares of the operations at which a network is fine-tuned and tested
-DEFAULT = Effort(evaluations=100, seeds=3, search_pictures=300, held_pictures=1000, test_pictures=2000, steps=30)
+DEFAULT = Effort(evaluations=75, seeds=3, search_pictures=300, held_pictures=1000, test_pictures=2000, steps=30)
 FULL = Effort(evaluations=600, seeds=5, search_pictures=1000, held_pictures=3000, test_pictures=10_000, steps=400)
 
 

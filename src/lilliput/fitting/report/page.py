@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from lilliput import __version__
 from lilliput.cache import write_atomically
+from lilliput.fitting.record import summary
 from lilliput.fitting.report import charts, sections, words
 from lilliput.fitting.report.front import front
 from lilliput.fitting.report.heat import heat
@@ -80,8 +81,6 @@ def _sections(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _summary(record: Mapping[str, Any]) -> str:
-    from lilliput.fitting.run import summary  # run imports this file
-
     return summary(dict(record)).replace("->", "→").replace("<=", "≤")
 
 
