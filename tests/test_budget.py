@@ -196,3 +196,8 @@ def test_format_quantity_keeps_three_digits(key, value):
     number, unit = format_quantity(key, value).split(" ")
     scale = {"us": 1e-3, "s": 1e3, "kB": 1e3, "MB": 1e6, "GB": 1e9, "uJ": 1e-6, "mJ": 1e-3, "%": 0.01}.get(unit, 1)
     assert float(number) * scale == pytest.approx(value, rel=6e-3, abs=1e-300)
+
+
+def test_scaling_leaves_quality_alone():
+    scaled = Budget("time_per_token<=10ms, memory<=80MB, drop<=1%").scaled(0.5)
+    assert scaled.limits == {"token_ms": 5.0, "memory_bytes": 40e6, "drop": 0.01}

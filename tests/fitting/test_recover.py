@@ -1,0 +1,42 @@
+"""Recovery fits the time, and its plan gives the same model again."""
+
+import pytest
+import torch
+
+from lilliput.fitting.recover import TIMED_STEPS, recover, recovering
+from lilliput.methods.distill.logits import Logits
+from lilliput.methods.prune.channels import Channels
+from lilliput.methods.quantize.int8_static import Int8Static
+from lilliput.plan import Plan, Step
+
+
+def test_distillation_stands_before_quantization():
+    plan = recovering(Plan([Step(Channels(ratio=0.5)), Step(Int8Static())]), steps=7)
+    assert plan is not None
+    assert [s.method.name() for s in plan.steps] == ["prune.channels", "distill.logits", "quantize.int8_static"]
+    again = recovering(plan, steps=9)
+    assert again is not None
+    assert [s.method.steps for s in again.steps if isinstance(s.method, Logits)] == [9]
+
+
+def test_what_changes_no_structure_needs_no_recovery(cnn_work):
+    assert recovering(Plan([Step(Int8Static())]), steps=7) is None
+    assert recover(cnn_work, Plan([Step(Int8Static())]), 60) is None
+
+
+def test_no_time_is_no_recovery(cnn_work):
+    assert recover(cnn_work, Plan([Step(Channels(ratio=0.5))]), 0.0) is None
+
+
+def test_the_plan_of_a_recovery_gives_the_same_model(cnn_work):
+    found = recover(cnn_work, Plan([Step(Channels(ratio=0.5))]), 4)
+    assert found is not None
+    plan, model = found
+    steps = next(s.method.steps for s in plan.steps if isinstance(s.method, Logits))
+    assert steps > TIMED_STEPS
+    again = Plan.from_yaml(plan.to_yaml()).apply(cnn_work)
+    for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(AssertionError):
+        before = Plan([Step(Channels(ratio=0.5))]).apply(cnn_work).state_dict()
+        assert all(torch.equal(a, before[k]) for k, a in model.state_dict().items())
