@@ -181,7 +181,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     architecture = read_architecture(folder)
     if model is None:
         model = skeleton(architecture["source"], folder)
-    model = replay(model, architecture["edits"])
+    with torch.device("meta"):  # new modules take no memory before their tensors are read
+        model = replay(model, architecture["edits"])
     assign_tensors_(model, folder, architecture["aliases"])
     return model.eval()
 

@@ -109,19 +109,15 @@ class DecoderSpace(Space):
         return self._known[key]
 
     def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:
-        """Time by format and what lies outside the layers; bytes are exact."""
+        """Time and bytes by format, and what no format changes."""
         dropped = sum(genome[u] != 0 for u in self._drop_units())
         ms = {"overhead": self.overhead_ms * (len(self.blocks) - dropped)}
-        weights = 0.0
+        weights: dict[str, float] = {}
         for index in range(len(self.layers)):
             layer_ms, size, label = self.layer_cost(index, genome)
             ms[label] = ms.get(label, 0.0) + layer_ms
-            weights += size
-        return {
-            "token_ms": ms,
-            "memory_bytes": {"weights": weights, "fixed": self.fixed_bytes},
-            "size_bytes": {"weights": weights},
-        }
+            weights[label] = weights.get(label, 0.0) + size
+        return {"token_ms": ms, "memory_bytes": weights | {"fixed": self.fixed_bytes}, "size_bytes": weights}
 
     def layer_ms(self, genome: Genome, factors: Mapping[str, float]) -> dict[str, float]:
         """Milliseconds of a token in each block and in the head, corrected by `factors` of the parts of token_ms."""
