@@ -66,8 +66,8 @@ def main() -> None:
         predictor.learn([(genome, rival["measured"], rival["damage"])])
         for kind, sampler, seeded in (("joint search", "genecai", True), ("random search", "random", False)):
             found = search(
-                predictor, budget, sampler=sampler, trials=options.trials, seed=options.seed, margin=-NOISE, seeded=seeded,
-                start=[genome] if seeded else None,
+                predictor, budget, sampler=sampler, trials=options.trials, seed=options.seed, margin=-NOISE,
+                seeded=seeded, start=[genome] if seeded else None,
             )[0]  # fmt: skip
             result = _built(bench, space, found, test)
             pairs.append((predictor.costs(found)["token_ms"], result["measured"]["token_ms"],

@@ -1,6 +1,5 @@
 """Recovery fits the time, and its plan gives the same model again."""
 
-import pytest
 import torch
 
 from lilliput.fitting.recover import TIMED_STEPS, recover, recovering
@@ -37,6 +36,5 @@ def test_the_plan_of_a_recovery_gives_the_same_model(cnn_work):
     again = Plan.from_yaml(plan.to_yaml()).apply(cnn_work)
     for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(AssertionError):
-        before = Plan([Step(Channels(ratio=0.5))]).apply(cnn_work).state_dict()
-        assert all(torch.equal(a, before[k]) for k, a in model.state_dict().items())
+    before = Plan([Step(Channels(ratio=0.5))]).apply(cnn_work).state_dict()
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
