@@ -106,6 +106,17 @@ def measure_speed(workload: Workload, session: Session, result: Measured, quick:
     result.spread |= {"first_token_ms": taken.first_token_iqr_ms, "token_ms": taken.token_iqr_ms}
 
 
+def compare_speed(workload: Workload, a: Any, b: Any, rounds: int = 12) -> latency.Comparison:
+    """Session `b` against `a`, in turn in this process: forward passes of the example, or the tokens after it."""
+    if workload.kind != "causal_lm":
+        return latency.compare(lambda: a(workload.example), lambda: b(workload.example), rounds=5 * rounds)
+    ids, block = workload.example["input_ids"], NEW_TOKENS // 6
+    streams = [generator(session)(ids, 1 + block * rounds) for session in (a, b)]
+    for stream in streams:
+        next(stream)  # the prompt
+    return latency.compare_streams(streams[0], streams[1], block, rounds)
+
+
 def generator(session: Session) -> Callable[[Tensor, int], Iterator[int]]:
     """`generate(ids, tokens)` of a session: greedy tokens after the prompt ids (1, T), one by one.
 

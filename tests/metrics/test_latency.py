@@ -206,3 +206,24 @@ def test_own_work_is_not_load_of_others(monkeypatch):
     monkeypatch.setattr(_probe.time, "sleep", lambda s: None)
     monkeypatch.setattr(_probe.time, "perf_counter", lambda: next(clock))
     assert _probe.busy_cores() == pytest.approx((2.0 - 1.0) / 2.0)
+
+
+def test_streams_are_compared_in_turn(monkeypatch):
+    clock, order = Clock(monkeypatch), []
+
+    def stream(name, milliseconds):
+        run = clock.takes(milliseconds)
+        while True:
+            order.append(name)
+            run()
+            yield name
+
+    found = latency.compare_streams(stream("a", 4), stream("b", 1), block=3, rounds=5)
+    assert "".join(order) == "aaabbb" * 5
+    assert (found.ratio, found.low, found.high) == pytest.approx((4, 4, 4))
+    assert found.medians_ms == pytest.approx((12, 3))
+
+
+def test_a_stream_that_ends_early_is_refused():
+    with pytest.raises(UserError, match="2 items early"):
+        latency.compare_streams(iter(range(4)), iter(range(100)), block=3, rounds=5)

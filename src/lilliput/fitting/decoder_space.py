@@ -41,6 +41,7 @@ SLOW = ("int3 g32", "int2 g32")  # size only: left out when the budget asks for 
 NEURONS = (0.0, 0.125, 0.25, 0.375, 0.5)
 RANKS = (1.0, 0.75, 0.5)
 KEEP, DROP = "keep", "drop"
+UNIFORM = ("int8", "int4 g32", "-25.0% neurons", "rank 75%")
 
 
 @dataclass
@@ -198,7 +199,7 @@ def decoder_space(
     )
     space = DecoderSpace(
         [],
-        uniform_labels=("int8", "int4 g32", "-25.0% neurons", "rank 75%"),
+        rivals={f"{x} everywhere": {"*": x} for x in UNIFORM},
         blocks=tuple(b.name for b in parts.blocks),
         block_list=parts.block_list,
     )

@@ -7,21 +7,25 @@ genomes that are really built and timed on the serving runtime; on a modelled de
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import nn
 
 from lilliput.anatomy import convolutions, linears
+from lilliput.cache import folder, write_atomically
 from lilliput.device import Device
 from lilliput.errors import UserError
 from lilliput.fitting.judge import Judge
 from lilliput.fitting.predict import nonnegative_fit
+from lilliput.fitting.sensitivity import fingerprint, read_known
 from lilliput.fitting.space import Genome, Option, Space, Unit
 from lilliput.graph import coupled_channels, kept_count
-from lilliput.measuring import Measured, measure_speed
+from lilliput.measuring import compare_speed
 from lilliput.method import Method
 from lilliput.methods.factorize.tucker import Tucker
 from lilliput.methods.prune.channels import Channels
@@ -33,8 +37,21 @@ from lilliput.workload import Workload
 CHANNELS = (0.125, 0.25, 0.375, 0.5)
 RANKS = (0.75, 0.5, 0.35)
 ROUND_TO = 8  # channels kept are a multiple of this: the vector width that 8-bit convolutions like
-FEATURES = ("fixed", "float operations", "int8 operations", "float layers", "int8 layers")  # of the latency model
-PROBES = 14  # random genomes that teach the latency
+UNIFORM = {
+    "int8 everywhere": {"bits": "int8"},
+    **{f"-{r:.1%} channels, int8": {"channels": f"-{r:.1%} channels", "bits": "int8"} for r in CHANNELS},
+    "rank 50%, int8": {"rank": "rank 50%", "bits": "int8"},
+}
+FEATURES = (
+    "fixed",
+    "float operations",
+    "int8 operations",
+    "float layers",
+    "int8 layers",
+    "changes",
+)  # of the latency model
+BITS = (1.0, 1.0, 0.0, 0.5)  # share of the layers in 8 bits, in turn: mostly all, as in good settings
+PROBES = 16  # random genomes that teach the latency
 
 
 @dataclass
@@ -55,7 +72,7 @@ class FeedforwardSpace(Space):
 
     layers: list[_Layer] = field(default_factory=list)
     widths: dict[int, int] = field(default_factory=dict)  # channel unit -> channels
-    coefficients: np.ndarray = field(default_factory=lambda: np.zeros(5))
+    coefficients: np.ndarray = field(default_factory=lambda: np.zeros(len(FEATURES)))
     fixed_bytes: float = 0.0
     device: Device | None = None  # set when latency is modelled
     threads: int = 1
@@ -81,10 +98,11 @@ class FeedforwardSpace(Space):
         return found
 
     def features(self, genome: Genome) -> np.ndarray:
-        """One number for each of `FEATURES`; operations are counted in 1e9."""
+        """One number for each of `FEATURES`; operations are counted in 1e9, changes between float and int8 layers."""
         rows = self.rows(genome)
+        changes = sum(a[0] is not b[0] for a, b in pairwise(rows))
         sums = [sum(r[column] for r in rows if r[0] is int8) for column in (1, 3) for int8 in (False, True)]
-        return np.array([1.0, sums[0] / 1e9, sums[1] / 1e9, sums[2], sums[3]])
+        return np.array([1.0, sums[0] / 1e9, sums[1] / 1e9, sums[2], sums[3], changes])
 
     def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:
         rows = self.rows(genome)
@@ -112,7 +130,7 @@ def feedforward_space(
     progress: Callable[[str], None] = lambda text: None,
 ) -> FeedforwardSpace:
     """Units, measured damage of each option alone, and a latency model taught by `PROBES` timed genomes."""
-    space = FeedforwardSpace([], uniform_labels=("int8", "-25.0% channels", "-50.0% channels", "rank 50%"))
+    space = FeedforwardSpace([], rivals=UNIFORM)
     space.threads = threads
     groups = _add_channel_units(space, workload) if "prune" in families else {}
     _add_layer_units(space, workload, families, groups)
@@ -175,17 +193,21 @@ def _inputs(workload: Workload) -> list[torch.Tensor]:
 
 
 def _damages(workload: Workload, space: FeedforwardSpace, progress: Callable[[str], None]) -> list[np.ndarray]:
-    """Each option built alone and judged on the calibration data."""
+    """Each option built alone and judged on the calibration data; kept in the cache by the model's hash."""
+    path = folder("sensitivity") / f"{fingerprint(workload.model, workload.calibration[:1])}.json"
+    known = read_known(path)
     light = dataclasses.replace(workload, calibration=workload.calibration[:1])
     judge = Judge(light, "calibration")
     found = []
     for index, unit in enumerate(space.units):
         progress(f"judging {unit.name}")
-        values = [0.0]
-        for option in range(1, len(unit.options)):
+        for option, choice in enumerate(unit.options[1:], 1):
             genome = tuple(option if i == index else 0 for i in range(len(space.units)))
-            values.append(max(0.0, judge.judge(space.plan(genome).apply(light)).damage))
-        found.append(np.array(values))
+            key = f"{unit.name}: {choice.method!r}"
+            if key not in known:
+                known[key] = max(0.0, judge.judge(space.plan(genome).apply(light)).damage)
+        found.append(np.array([0.0, *(known[f"{unit.name}: {o.method!r}"] for o in unit.options[1:])]))
+    write_atomically(path, json.dumps(known).encode())
     return found
 
 
@@ -197,14 +219,13 @@ def _learn_latency(
     genomes = [(0,) * len(space.units), space.uniform({"*": "int8"})]
     while len(genomes) < PROBES:
         density = generator.uniform(0.1, 0.9, 3)
-        share = {"channels": density[0], "rank": density[1] / 3, "bits": density[2]}
+        share = {"channels": density[0], "rank": density[1] / 3, "bits": BITS[len(genomes) % len(BITS)]}
         take = [generator.random() < share[u.part] for u in space.units]
         genomes.append(tuple(int(generator.integers(1, len(u.options))) if t else 0 for u, t in zip(space.units, take)))
-    times = []
+    times, reference = [], runtime.prepare(workload.model, light, threads)
     for number, genome in enumerate(genomes):
         progress(f"timing random genome {number + 1} of {len(genomes)}")
-        result = Measured(runtime.name, threads, {})
-        measure_speed(light, runtime.prepare(space.plan(genome).apply(light), light, threads), result, quick=True)
-        times.append(result.values["latency_ms"])
+        session = runtime.prepare(space.plan(genome).apply(light), light, threads)
+        times.append(original_ms / compare_speed(light, reference, session, rounds=6).ratio)
     design = np.stack([space.features(g) for g in genomes])
     space.coefficients = nonnegative_fit(design / np.array(times)[:, None], np.ones(len(times)))

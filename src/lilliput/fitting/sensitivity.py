@@ -136,7 +136,7 @@ def option_damages(
     """Damage of every method on every target, (target, method) -> nats; kept in the cache by the model's hash."""
     batches = workload.calibration[:1]
     path = folder("sensitivity") / f"{fingerprint(workload.model, batches)}.json"
-    known = _read(path)
+    known = read_known(path)
     missing = {t: [m for m in ms if _key(t, m) not in known] for t, ms in options.items()}
     missing = {t: ms for t, ms in missing.items() if ms}
     if missing:
@@ -161,7 +161,7 @@ def fingerprint(model: nn.Module, batches: Sequence[Batch]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _read(path: Path) -> dict[str, float]:
+def read_known(path: Path) -> dict[str, float]:
     """Cached damages; a missing or damaged file counts as empty and is written again."""
     try:
         return {str(k): float(v) for k, v in json.loads(path.read_text()).items()}

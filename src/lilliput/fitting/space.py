@@ -43,7 +43,7 @@ class Space(ABC):
 
     units: list[Unit]
     damage: list[np.ndarray] = field(default_factory=list)  # per unit, one number per option
-    uniform_labels: tuple[str, ...] = ()  # options that a joint search must beat when given to every unit
+    rivals: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> uniform setting that a search must beat
 
     @abstractmethod
     def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:

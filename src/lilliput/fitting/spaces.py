@@ -41,10 +41,10 @@ def build_space(
 
 
 def rivals(space: Space) -> dict[str, Genome]:
-    """Name -> genome of the uniform settings: one option for every unit that has it."""
+    """Name -> genome of the uniform settings that have an effect; settings of families left out may coincide."""
     found: dict[str, Genome] = {}
-    for wanted in space.uniform_labels:
-        genome = space.uniform({"*": wanted})
-        if any(genome):
-            found[f"{wanted} everywhere"] = genome
+    for name, wanted in space.rivals.items():
+        genome = space.uniform(wanted)
+        if any(genome) and genome not in found.values():
+            found[name] = genome
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,17 @@ from torch import nn
 from lilliput.budget import Budget
 from lilliput.errors import UserError
 from lilliput.fitting.build import Bench
-from lilliput.measuring import Measured, artifact_bytes, fresh_process_memory, generator, measure_speed
+from lilliput.measuring import artifact_bytes, fresh_process_memory
 from lilliput.metrics import latency, quality
 from lilliput.workload import Workload
 
 
 def prove(bench: Bench, model: nn.Module, artifact: Path, quantities: dict[str, float]) -> dict[str, Any]:
     """Times side by side with the original, memory of a fresh process, bytes on disk; no quality yet."""
-    work = bench.workload
-    original, fitted = (bench.runtime.prepare(m, work, bench.threads) for m in (work.model, model))
     load = latency.wait_until_quiet()
-    comparison = compare_speed(work, original, fitted)
-    taken = Measured(bench.runtime.name, bench.threads, {})
-    measure_speed(work, fitted, taken)
-    measured = quantities | {k: v for k, v in taken.values.items() if k not in bench.modelled}
-    if work.source:
+    taken, comparison = bench.speed(model, rounds=12)
+    measured = quantities | {k: v for k, v in taken.items() if k not in bench.modelled}
+    if bench.workload.source:
         measured["memory_bytes"] = float(fresh_process_memory(artifact, bench.runtime.name, bench.threads))
     measured["size_bytes"] = float(artifact_bytes(artifact))
     return {
@@ -43,18 +38,6 @@ def verify(bench: Bench, model: nn.Module, proof: dict[str, Any], budget: Budget
     found = damage_report(work, *sessions, model)
     measured = proof["measured"] | {"drop": found["drop"]}
     return proof | found | {"measured": measured, "violations": budget.violations(measured)}
-
-
-def compare_speed(work: Workload, original: Any, fitted: Any) -> latency.Comparison:
-    """The original against the fitted model, interleaved in this process (ABAB)."""
-    if work.kind != "causal_lm":
-        return latency.compare(lambda: original(work.example), lambda: fitted(work.example))
-    ids = work.example["input_ids"][:, :4]
-
-    def tokens(session):
-        return lambda: list(islice(generator(session)(ids, 6), 6))
-
-    return latency.compare(tokens(original), tokens(fitted), rounds=9)
 
 
 def damage_report(work: Workload, original: Any, fitted: Any, model: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -100,6 +101,24 @@ def compare(a: Callable[[], Any], b: Callable[[], Any], rounds: int = 30, warmup
         for _ in range(rounds):
             times.append((_time_ms(a, repeats[0]), _time_ms(b, repeats[1])))
     return paired_ratio([t[0] for t in times], [t[1] for t in times], seed=seed)
+
+
+def compare_streams(a: Iterator, b: Iterator, block: int = 4, rounds: int = 6, seed: int = 0) -> Comparison:
+    """Whether `b` yields faster than `a`: `block` items of each in turn, `rounds` times.
+
+    Raises UserError when one of them ends before.
+    """
+    times: list[list[float]] = []
+    with _no_garbage_collection():
+        for _ in range(rounds):
+            times.append([_time_ms(lambda items=items: _take(items, block)) for items in (a, b)])
+    return paired_ratio([t[0] for t in times], [t[1] for t in times], seed=seed)
+
+
+def _take(items: Iterator, count: int) -> None:
+    found = len(list(islice(items, count)))
+    if found < count:
+        raise UserError(f"what was to be timed ended {count - found} items early; let it go on for longer")
 
 
 def paired_ratio(a_ms: Sequence[float], b_ms: Sequence[float], draws: int = 2000, seed: int = 0) -> Comparison:
