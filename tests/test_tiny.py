@@ -9,7 +9,7 @@ import lilliput as lp
 
 def test_fit_a_tiny_llama_end_to_end(llama_work, tmp_path):
     fitted = lp.fit(
-        llama_work, "size<=60%", minutes=0.5, trials=40, out=tmp_path / "run", threads=1, recover=False, quiet=True
+        llama_work, "size<=60%", minutes=2, trials=40, out=tmp_path / "run", threads=1, recover=False, quiet=True
     )
     assert fitted.met, fitted.summary()
     record = json.loads((tmp_path / "run" / "record.json").read_text())
