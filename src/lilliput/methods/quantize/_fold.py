@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lilliput.edits import set_module
-from lilliput.methods.quantize._moments import evaluating
+from lilliput.hooks import evaluating
 from lilliput.workload import Workload
 
 SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
