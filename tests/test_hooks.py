@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lilliput.hooks import evaluating, watching
+from lilliput.hooks import evaluating, tensors_in, watching
 
 
 @pytest.fixture
@@ -45,3 +45,8 @@ def test_no_hook_stays_after_a_failure(net):
     with pytest.raises(ZeroDivisionError), watching(net, ["0"], fail):
         net(torch.randn(2, 3))
     assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_tensors_are_found_inside_lists_and_tuples():
+    a, b, c = torch.zeros(1), torch.ones(2), torch.ones(3)
+    assert list(map(len, tensors_in([a, 5, [b, (c, "x")], None, {"d": a}]))) == [1, 2, 3]

@@ -10,7 +10,7 @@ import importlib.util
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import evaluating, tensors_in
 from lilliput.workload import Batch, Workload
 
 OPSET = 19  # the first in which the reference evaluator knows DequantizeLinear
@@ -148,7 +148,7 @@ class _InputReads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        touched = any(id(t) in self._depends for t in _tensors([*args, *(kwargs or {}).values()]))
+        touched = any(id(t) in self._depends for t in tensors_in([*args, *(kwargs or {}).values()]))
         if touched and name in READS:
             raise UserError(
                 f"it decides in Python on values of its input (Tensor.{name}), and a graph would keep one branch; use "
@@ -156,16 +156,8 @@ class _InputReads(TorchFunctionMode):
             )
         out = func(*args, **(kwargs or {}))
         if touched and name not in SHAPE_READS:
-            self._depends.update((id(t), t) for t in _tensors([out]))
+            self._depends.update((id(t), t) for t in tensors_in([out]))
         return out
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 def _logits(out: Any) -> Tensor:

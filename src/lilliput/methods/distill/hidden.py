@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lilliput.anatomy import anatomy, in_out
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
-from lilliput.method import BLOCK_COUNT, LAYER_SHAPES, OUTPUT_SHAPE, UNLABELLED, Facts, knob
+from lilliput.method import knob
 from lilliput.methods.distill.logits import (
     LEARNS,
     Logits,
@@ -44,12 +44,6 @@ class Hidden(Logits):
 
     weight: float = knob(1.0, low=0.0, high=1000.0, help="weight of the states beside the logits")
     distance: str = knob("squared", choices=("squared", "cosine"), help="how far two states are apart")
-    facts: ClassVar = Facts(
-        stage="distill",
-        keeps={OUTPUT_SHAPE, LAYER_SHAPES, BLOCK_COUNT},
-        data=UNLABELLED,
-        effect="wins back quality, same speed and size",
-    )
 
     def targets(self, model: nn.Module) -> Iterator[str]:
         """Every module that can learn. Raises UserError for a model without blocks whose states could be matched."""

@@ -30,9 +30,9 @@ from lilliput.method import (
     knob,
 )
 from lilliput.methods.quantize._grid import choose_grid, dequantize, round_to_grid
-from lilliput.methods.quantize._packed import quantizable, replace_linears_
+from lilliput.methods.quantize._packed import replace_linears_
 from lilliput.methods.quantize._walk import BlockWalk, names_in, some_batches, walkable_blocks
-from lilliput.methods.quantize.group import fitting_group
+from lilliput.methods.quantize.group import fitting_group, groupable
 from lilliput.moments import Moments, collecting, input_moments
 from lilliput.workload import Batch, Workload, need_workload
 
@@ -146,10 +146,7 @@ class Gptq(Method):
     )
 
     def targets(self, model: nn.Module) -> Iterator[str]:
-        for name in quantizable(model):
-            layer = model.get_submodule(name)
-            if isinstance(layer, nn.Linear) and layer.in_features % 8 == 0:
-                yield name
+        yield from groupable(model)
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         workload = need_workload(workload, self.name(), "to look at the inputs of every layer")
