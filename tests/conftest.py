@@ -99,3 +99,29 @@ def llama_work(tiny_llama):
         name="tiny-llama",
         source={"kind": "hf", "config": "config.json"},
     )
+
+
+@pytest.fixture
+def make_tokenizer():
+    """`make_tokenizer(tokens=60)`: a byte-level BPE tokenizer that fits the tiny llama's 64 tokens."""
+
+    def byte_level(tokens=60):
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        inner = Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=tokens, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+        inner.train_from_iterator(["the cat and the other cat sat on 12 mats"], trainer)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=inner,
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            chat_template="{{ messages[0]['content'] }}",
+        )
+
+    return byte_level

@@ -18,8 +18,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from lilliput.anatomy import anatomy, convolutions, in_out, linears, needs_blocks, to_linear_
+from lilliput.anatomy import anatomy, convolutions, in_out, linear_parts, linears, needs_blocks, to_linear_
 from lilliput.errors import UserError
+from lilliput.methods.factorize.low_rank import LowRank
+from lilliput.methods.quantize.int8 import Int8
 
 SIZES = {
     "hidden_size": 32,
@@ -124,6 +126,40 @@ class OwnVit(nn.Module):
         self.blocks = nn.Sequential(*(OwnBlock(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["factors", "packed factors"])
+@pytest.mark.parametrize("build", [*(m[0] for m in MODELS), lambda: OwnVit()], ids=lambda m: m.__name__)
+def test_factored_layers_are_seen_through(build, quantized):
+    model = to_linear_(build())
+    before = anatomy(model)
+    factored = LowRank(rank=0.6, whiten="none").apply(model)
+    after = anatomy(Int8().apply(factored) if quantized else factored)
+    assert type(factored.get_submodule(before.blocks[0].attention.q)) is nn.Sequential
+    assert (after.kind, after.blocks, after.head, after.final_norm) == (
+        before.kind,
+        before.blocks,
+        before.head,
+        before.final_norm,
+    )
+
+
+def test_what_is_a_linear_map_and_what_is_not():
+    thin, wide = nn.Linear(8, 2, bias=False), nn.Linear(2, 6)
+    assert in_out(nn.Sequential(thin, wide)) == (8, 6)
+    assert linear_parts(nn.Sequential(thin, nn.Identity(), wide)) == [thin, wide]
+    assert in_out(nn.Sequential(nn.Linear(8, 6), nn.Identity())) == (8, 6)  # what a merge leaves
+    for other in (nn.Sequential(), nn.Sequential(thin, nn.ReLU(), wide), nn.Sequential(wide, wide), nn.ReLU(), None):
+        assert in_out(other) is None
+        assert linear_parts(other) == []
+
+
+def test_factors_of_a_projection_are_no_mlp():
+    """They undo each other's sizes, as the two layers of a feed-forward part do."""
+    block = OwnBlock(24, 3)
+    block.mlp = nn.Identity()
+    block.extra = nn.Sequential(nn.Linear(24, 4, bias=False), nn.Linear(4, 24))
+    assert anatomy(nn.ModuleList([block])).blocks[0].mlp is None
 
 
 @pytest.mark.parametrize("depth", [1, 3])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from lilliput.artifact import ARCHITECTURE, WEIGHTS, load, save
 from lilliput.edits import build_module, describe, replay
@@ -78,6 +79,42 @@ def test_full_disk_keeps_the_old_artifact(llama_work, tmp_path, monkeypatch):
         save(Int8().apply(llama_work.model), tmp_path / "a", llama_work)
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_keeps_its_type(dtype, llama_work, tmp_path):
+    model = llama_work.model.to(dtype)
+    model.model.rotary_emb.float()  # as transformers loads it: a mixture comes back as it was
+    save(model, tmp_path / "a", llama_work)
+    again = load(tmp_path / "a")
+    everything = dict(model.state_dict()) | dict(model.named_buffers())
+    found = dict(again.state_dict()) | dict(again.named_buffers())
+    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in everything.items()}
+    assert all(torch.equal(found[n], t) for n, t in everything.items())
+    assert torch.equal(logits(again, llama_work), logits(model, llama_work))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_of_an_own_class_goes_into_a_float32_instance(dtype, cnn_work, tmp_path):
+    cnn_work.model.to(dtype)
+    cnn_work.example = {"input": cnn_work.example["input"].to(dtype)}
+    save(cnn_work.model, tmp_path / "a", cnn_work)
+    again = load(tmp_path / "a", model=type(cnn_work.model)())
+    assert again.conv1.weight.dtype == dtype
+    assert again.bn1.num_batches_tracked.dtype == torch.int64
+    assert torch.equal(logits(again, cnn_work), logits(cnn_work.model, cnn_work))
+
+
+def test_integers_in_the_place_of_floats_are_refused(llama_work, tmp_path):
+    save(llama_work.model, tmp_path / "a", llama_work)
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int32)
+    save_file(tensors, tmp_path / "a" / WEIGHTS)
+    with pytest.raises(UserError, match=r"model\.norm\.weight.*int32.*expected torch\.float32"):
+        load(tmp_path / "a")
 
 
 def change(folder, **fields):

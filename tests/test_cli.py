@@ -13,6 +13,7 @@ import lilliput
 from lilliput import cli
 from lilliput.artifact import save
 from lilliput.errors import UserError
+from lilliput.measuring import Measured
 from lilliput.method import method_names
 from lilliput.methods.quantize.int8 import Int8
 from lilliput.paper import Evidence, Row, paper_names
@@ -381,24 +382,43 @@ def test_a_plan_becomes_an_artifact(run, zoo, tmp_path, plan_file):
         assert torch.equal(zoo.forward(lilliput.load(tmp_path / "a"), zoo.example), zoo.forward(expected, zoo.example))
 
 
-def test_an_artifact_is_measured_on_the_workload_it_came_from(run, zoo, tmp_path, monkeypatch):
-    from lilliput.measuring import Measured
-
+@pytest.fixture
+def measured(monkeypatch):
+    """`lilliput.measure` that answers at once; holds what it was asked."""
     seen = []
 
-    def measure(workload, model, **options):
-        seen.append((workload, model, options))
+    def measure(workload, **options):
+        seen.append((workload, options))
         return Measured("lean", 1, {"size_bytes": 10.0})
 
     monkeypatch.setattr(lilliput, "measure", measure, raising=False)
-    zoo.name = "tiny"
-    save(Int8().apply(zoo.model), tmp_path / "a", zoo)
-    code, out, _ = run("measure", tmp_path / "a", "--threads", "1", "--json")
+    return seen
+
+
+def test_a_name_and_a_folder_are_measured_with_the_data_that_is_given(run, measured, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Workload, "from_name", staticmethod(lambda name, **options: asked.append((name, options))))
+    assert run("measure", "tiny", "--threads", "1")[0] == 0
+    assert run("measure", "some/folder", "--data", "book.txt")[0] == 0
+    assert asked == [("tiny", {}), ("some/folder", {"data": Path("book.txt")})]
+    assert [options["split"] for _, options in measured] == ["validation", "validation"]
+
+
+def test_an_artifact_is_measured_with_or_without_data(run, measured, llama_work, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LILLIPUT_CACHE", str(tmp_path / "cache"))
+    folder = save(Int8().apply(llama_work.model), tmp_path / "a", llama_work)
+    code, out, _ = run("measure", folder, "--threads", "1", "--json")
     assert code == 0
     assert json.loads(out)["values"] == {"size_bytes": 10.0}
-    assert type(seen[0][1].lm_head).__name__ == "PackedLinear"
-    assert run("measure", "tiny")[0] == 0
-    assert seen[1][:2] == (zoo, None)
+    assert "quality is not measured" in json.loads(out)["notes"][0]
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "book.txt").write_text(" ".join(f"w{i * i % 64}" for i in range(30_000)))
+    code, out, _ = run("measure", folder, "--data", tmp_path / "book.txt", "--json")
+    assert code == 0
+    assert json.loads(out)["notes"] == []
+    (bare, first), (judged, second) = measured
+    assert (first["split"], second["split"]) == (None, "validation")
+    assert type(bare.model.lm_head).__name__ == type(judged.model.lm_head).__name__ == "PackedLinear"
 
 
 def greedy_words(model, ids, tokens):

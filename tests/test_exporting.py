@@ -26,10 +26,22 @@ def test_classifier_to_onnx(cnn_work, tmp_path):
         np.testing.assert_allclose(found, cnn_work.model(x).numpy(), atol=1e-4)
 
 
+def test_language_models_without_a_tokenizer_are_refused_at_once(llama_work, make_tokenizer, tmp_path, monkeypatch):
+    folder = save(llama_work.model, tmp_path / "a", llama_work)
+    with monkeypatch.context() as patch:
+        patch.setattr("lilliput.exporting.load", lambda *_: pytest.fail("loaded the model before looking"))
+        with pytest.raises(UserError, match=r"a' holds no tokenizer\.json.*copy the tokenizer\.json"):
+            export_artifact(folder, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+    make_tokenizer().save_pretrained(folder)  # what the message says
+    assert export_artifact(folder, tmp_path / "m.gguf")["tokenizer"] == "smollm"
+
+
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
-def test_wrong_endings_and_kinds(cnn_work, llama_work, tmp_path):
+def test_wrong_endings_and_kinds(cnn_work, llama_work, make_tokenizer, tmp_path):
+    llama_work.tokenizer = make_tokenizer()
     language, picture = (
         save(llama_work.model, tmp_path / "l", llama_work),
         save(cnn_work.model, tmp_path / "c", cnn_work),
@@ -47,7 +59,8 @@ def test_wrong_endings_and_kinds(cnn_work, llama_work, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.is_file()]
 
 
-def test_unwritable_places(cnn_work, llama_work, tmp_path):
+def test_unwritable_places(cnn_work, llama_work, make_tokenizer, tmp_path):
+    llama_work.tokenizer = make_tokenizer()
     language, picture = (
         save(llama_work.model, tmp_path / "l", llama_work),
         save(cnn_work.model, tmp_path / "c", cnn_work),

@@ -26,6 +26,11 @@ from lilliput.methods.quantize.int8 import Int8
 IDS = torch.tensor([[5, 9, 33, 2, 17, 61, 8, 40]])
 
 
+@pytest.fixture(autouse=True)
+def with_a_tokenizer(llama_work, make_tokenizer):
+    llama_work.tokenizer = make_tokenizer()
+
+
 # --- an engine of the file's rules, in numpy ---------------------------------------------------------------------
 
 
@@ -257,6 +262,15 @@ def test_low_rank_factors_are_merged(tiny_llama, tmp_path):
     assert_same_answers(tmp_path / "m.gguf", model, 0.02)
 
 
+def test_packed_factors_are_merged(tiny_llama, tmp_path):
+    model = LowRank(rank=0.6, whiten="none").apply(tiny_llama)
+    model = Int8().apply(model, layers=["model.layers.*"])
+    facts = export_gguf(model, tmp_path / "m.gguf", matrices="F32")
+    assert facts["stored"]["low-rank as Q8_0"] == 14
+    assert facts["largest_relative_error"]["Q8_0"] < 0.01
+    assert_same_answers(tmp_path / "m.gguf", model, 0.05)
+
+
 @pytest.mark.parametrize(("pruned", "architecture"), [(False, "qwen2"), (True, "llama")])
 def test_qwen2_round_trip(pruned, architecture, tmp_path):
     model = qwen2()
@@ -288,28 +302,7 @@ def test_scaled_rotation_is_written_as_factors(tiny_llama, tmp_path):
 # --- tokenizer ---------------------------------------------------------------------------------------------------
 
 
-def byte_level_tokenizer(tokens=60):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=tokens, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    inner.train_from_iterator(["the cat and the other cat sat on 12 mats"], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        chat_template="{{ messages[0]['content'] }}",
-    )
-
-
 def test_tokenizer_is_written(tiny_llama, llama_work, tmp_path):
-    llama_work.tokenizer = byte_level_tokenizer()
     facts = export_artifact(artifact(tiny_llama, llama_work, tmp_path / "a"), tmp_path / "m.gguf")
     settings = File(tmp_path / "m.gguf").settings
     vocabulary = llama_work.tokenizer.get_vocab()
@@ -388,8 +381,8 @@ def test_the_file_is_compared_before_it_appears(tiny_llama, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_tokenizer_larger_than_the_embedding(llama_work, tmp_path):
-    llama_work.tokenizer = byte_level_tokenizer(tokens=300)
+def test_tokenizer_larger_than_the_embedding(llama_work, make_tokenizer, tmp_path):
+    llama_work.tokenizer = make_tokenizer(tokens=300)
     llama_work.tokenizer.add_tokens([f"<more{i}>" for i in range(64)])
     with pytest.raises(UserError, match="embedding has 64 rows"):
         export_gguf(llama_work.model, tmp_path / "m.gguf", llama_work.tokenizer)

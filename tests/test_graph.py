@@ -8,6 +8,7 @@ from torch import nn
 
 from lilliput.errors import UserError
 from lilliput.graph import coupled_channels, kept_count, remove_channels_
+from lilliput.methods.factorize.low_rank import LowRank
 
 
 def randomized(model, seed=0):
@@ -144,24 +145,33 @@ def test_nothing_to_remove_is_identity():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = 2
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (2, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 def test_attention_heads_and_grouped_convolutions_are_not_cut():
     grouped = nn.Sequential(nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 2, 1))
     assert [g.prunable for g in coupled_channels(grouped, torch.randn(1, 1, 4, 4))] == [False, False, False]
-
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.heads = 2
-            self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
-
-        def forward(self, x):
-            q, k, v = (p(x).unflatten(-1, (2, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
-            return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
     block = nn.Sequential(nn.Sequential(Attention()), nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)))
     model = nn.Sequential(nn.Linear(4, 8), nn.ModuleList([block])[0], nn.Linear(8, 3))
     prunable = {g.name: g.prunable for g in coupled_channels(model, torch.randn(2, 5, 4))}
     assert prunable == {"0": True, "1.0.0.q": False, "1.0.0.out": True, "1.1.0": True, "1.1.2": True, "2": False}
+
+
+def test_the_width_of_factored_heads_stays_too():
+    block = nn.Sequential(nn.Sequential(Attention()), nn.Linear(8, 8))
+    model = LowRank(whiten="none").apply(nn.Sequential(nn.Linear(4, 8), nn.ModuleList([block])[0]))
+    prunable = {g.name: g.prunable for g in coupled_channels(model, torch.randn(2, 5, 4))}
+    assert prunable["1.0.0.q.1"] is False
+    assert prunable["1.0.0.q.0"]
+    assert prunable["1.0.0.out.0"]
 
 
 def test_batches_and_logits_are_understood():

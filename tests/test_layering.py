@@ -18,15 +18,15 @@ MODULES = {
 
 # A module may import its own layer and those above its line here; the longest matching name counts.
 LAYERS = [
-    {"errors", "cache"},
+    {"errors", "cache", "hooks"},
     {"_probe", "budget", "device", "edits", "method", "paper", "training"},
     {"workload"},
     {"zoo"},
-    {"anatomy", "graph", "kernels", "metrics", "onnx_export", "runtimes"},
+    {"anatomy", "graph", "kernels", "metrics", "moments", "onnx_export", "runtimes"},
     {"methods"},
     {"plan"},
     {"artifact", "hf_quantizer", "_transformers_hook", "gguf_export", "_gguf_matrices", "_gguf_tokenizer"},
-    {"measuring", "serving", "exporting"},
+    {"measuring", "reopening", "serving", "exporting"},
     {"fitting"},
     {"catalogue", "cli"},
     {"papers"},

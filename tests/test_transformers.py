@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lilliput.artifact import load, save
+from lilliput.methods.factorize.low_rank import LowRank
 from lilliput.methods.quantize.group import Group
 from lilliput.methods.quantize.int8 import Int8
 from lilliput.plan import Plan, Step
@@ -24,6 +25,24 @@ def test_auto_model_loads_what_load_loads(layers, llama_work, tmp_path, recwarn)
     ids = llama_work.example["input_ids"][:, :8]
     tokens = [m.generate(ids, max_new_tokens=5, do_sample=False).tolist() for m in (ours, theirs)]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("steps", [[], [Step(Int8(), {"model.layers.*": {}})], [Step(LowRank(whiten="none"))]], ids=str)
+def test_half_precision_loads_in_its_own_type(steps, dtype, llama_work, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    llama_work.model.to(dtype)
+    plan = Plan(steps)
+    model = plan.apply(llama_work)
+    save(model, tmp_path / "a", llama_work, plan)
+    for again in (load(tmp_path / "a"), AutoModelForCausalLM.from_pretrained(tmp_path / "a")):
+        mine, theirs = model.state_dict(), again.state_dict()
+        assert {n: t.dtype for n, t in theirs.items()} == {n: t.dtype for n, t in mine.items()}
+        assert all(torch.equal(theirs[n], t) for n, t in mine.items())
+        assert again.model.norm.weight.dtype == again.config.dtype == dtype
+        with torch.inference_mode():
+            assert torch.equal(*(llama_work.forward(m, llama_work.example) for m in (model, again)))
 
 
 def test_layers_of_different_shapes_load(llama_work, tmp_path):

@@ -74,7 +74,7 @@ def pre_tokenizer_name(data: dict[str, Any]) -> str:
             return PATTERNS[steps[0]["pattern"]["Regex"]]
     raise UserError(
         f"the tokenizer splits text by {kinds}, which is none of llama.cpp's known ways (byte-level gpt-2, smollm, "
-        "llama-bpe, qwen2); export the model without its tokenizer.json"
+        "llama-bpe, qwen2); serve this model with lilliput generate or transformers instead"
     )
 
 

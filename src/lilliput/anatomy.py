@@ -2,7 +2,7 @@
 
 Found by structure, not by class: a ModuleList or Sequential whose members hold an attention (children named like q, k,
 v and an output projection) are the blocks. Sizes are read from the layers, so they stay right after surgery and when a
-layer was replaced by another module with `in_features` and `out_features` (packed, low-rank).
+layer was replaced by another module with `in_features` and `out_features` (packed) or by a sequence of factors.
 
 transformers' GPT-2 stores its linears as `Conv1D` (weight transposed). They are reported like any other projection;
 `linears` lists plain `nn.Linear` only, and `to_linear_` turns every Conv1D into the equal Linear first.
@@ -10,6 +10,7 @@ transformers' GPT-2 stores its linears as `Conv1D` (weight transposed). They are
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,23 @@ def needs_blocks(model: nn.Module, method_name: str) -> Anatomy:
 
 
 def in_out(module: nn.Module | None) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear-like module, None for anything else."""
+    """(inputs, outputs) of a linear-like module or of factors in its place, None for anything else."""
+    parts = linear_parts(module)
+    return (_sizes(parts[0])[0], _sizes(parts[-1])[1]) if parts else None  # pyright: ignore
+
+
+def linear_parts(module: nn.Module | None) -> list[nn.Module]:
+    """The layers that make a linear map, in their order: the module itself, or the members of an nn.Sequential (such as
+    low-rank factors) that fit each other with at most identities between; none for anything else."""
+    if type(module) is not nn.Sequential:
+        return [module] if module is not None and _sizes(module) else []
+    parts = [member for member in module if type(member) is not nn.Identity]
+    sizes = [_sizes(part) for part in parts]
+    fits = all(a and b and a[1] == b[0] for a, b in itertools.pairwise(sizes))
+    return parts if fits and all(sizes) else []
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
     if is_conv1d(module):
         return int(module.nx), int(module.nf)  # pyright: ignore
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -234,6 +251,8 @@ def _bert_mlp(name: str, module: nn.Module) -> Mlp | None:
 
 
 def _shaped_mlp(name: str, module: nn.Module) -> Mlp | None:
+    if in_out(module):  # two factors of one layer undo each other's sizes too
+        return None
     layers = [(f"{name}.{n}", size) for n, m in module.named_children() if (size := in_out(m))]
     if len(layers) == 2 and layers[0][1] == layers[1][1][::-1]:
         return Mlp(name, (layers[0][0],), layers[1][0], False)
@@ -289,8 +308,10 @@ def _head(model: nn.Module, block_list: str, has_blocks: bool) -> str | None:
     own = names.get(id(getter())) if getter and getter() is not None else None
     if own:
         return own
-    outside = [n for n, _ in _outside(model, block_list if has_blocks else None) if "pooler" not in n]
-    return next((n for n in reversed(outside) if in_out(model.get_submodule(n)) and n), None)
+    outside = _outside(model, block_list if has_blocks else None)
+    found = [n for n, m in outside if n and "pooler" not in n and in_out(m)]
+    whole = [n for n in found if n.rpartition(".")[0] not in found]  # a factored head, not its last factor
+    return whole[-1] if whole else None
 
 
 def _final_norm(model: nn.Module, block_list: str) -> str | None:

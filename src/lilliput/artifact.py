@@ -122,7 +122,7 @@ def _stored_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 def _check_reload(model: nn.Module, folder: Path, workload: Workload) -> None:
     again = load(folder, model=_own_skeleton(workload))
     mine, theirs = model.state_dict(), again.state_dict()
-    wrong = [n for n in mine if n not in theirs or not torch.equal(mine[n], theirs[n])]
+    wrong = [n for n in mine if n not in theirs or not _same(mine[n], theirs[n])]
     if wrong or len(mine) != len(theirs):
         raise UserError(f"the saved model differs from the one in memory at {wrong[:3]}; nothing was written")
     with torch.inference_mode():
@@ -132,6 +132,10 @@ def _check_reload(model: nn.Module, folder: Path, workload: Workload) -> None:
     if not torch.equal(*outputs):
         error = float((outputs[0] - outputs[1]).abs().max())
         raise UserError(f"the reloaded model answers differently (largest difference {error:.3g}); nothing was written")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _own_skeleton(workload: Workload) -> nn.Module | None:
@@ -221,7 +225,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def assign_tensors_(model: nn.Module, folder: Path, aliases: dict[str, str], any_dtype: bool = False) -> None:
     """Put the saved tensors into the model: every one must fit and none may be missing.
 
-    `any_dtype` is for a model that transformers has filled and cast already.
+    Floating-point tensors keep the type they were saved in: skeletons are built in float32, the model may be in
+    bfloat16. `any_dtype` is for a model that transformers has filled and cast already.
     """
     tensors = _read_tensors(folder / WEIGHTS)
     if not set(map(str, aliases.values())) <= set(tensors):
@@ -270,7 +275,8 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, any_dtype: bool) -> Non
     old = owner._parameters.get(leaf, owner._buffers.get(leaf))
     if old is None:
         raise UserError(f"{WEIGHTS} holds {name!r}, which the architecture does not have")
-    if old.shape != tensor.shape or (old.dtype != tensor.dtype and not any_dtype):
+    same_kind = old.dtype == tensor.dtype or (old.is_floating_point() and tensor.is_floating_point())
+    if old.shape != tensor.shape or not (same_kind or any_dtype):
         raise UserError(f"{name!r} is {tensor.dtype} {list(tensor.shape)}, expected {old.dtype} {list(old.shape)}")
     if leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)

@@ -139,6 +139,9 @@ def measure(
     model: Annotated[
         str, typer.Argument(help="Zoo name, Hugging Face directory, GGUF file or artifact.")
     ] = DEFAULT_MODEL,
+    data: Annotated[
+        Path | None, typer.Option(help="What judges it: your text; for a classifier's artifact a .safetensors file.")
+    ] = None,
     runtime: Annotated[str | None, typer.Option()] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     as_json: Json = False,
@@ -147,20 +150,23 @@ def measure(
     """Every number of a model on this machine."""
     import lilliput as lp
 
-    workload, subject = _workload_and_model(model)
-    measured = lp.measure(workload, subject, runtime=runtime, threads=threads)
+    workload, judged = _subject(model, data)
+    measured = lp.measure(workload, runtime=runtime, threads=threads, split="validation" if judged else None)
+    if not judged:
+        measured.notes.append("quality is not measured: no data of this model is known; give some with --data")
     _show(measured.to_json(), str(measured), as_json)
 
 
-def _workload_and_model(name: str):
-    """A workload, and the fitted model when the name is an artifact of a zoo workload."""
+def _subject(name: str, data: Path | None):
+    """The workload of a name, a folder or an artifact, and whether there is data to judge it by."""
     import lilliput as lp
-    from lilliput.artifact import ARCHITECTURE, load, read_architecture
+    from lilliput.artifact import ARCHITECTURE
 
     if not (Path(name) / ARCHITECTURE).is_file():
-        return lp.Workload.from_name(name), None
-    workload = lp.Workload.from_name(read_architecture(name)["name"])
-    return workload, load(name)
+        return lp.Workload.from_name(name, **({"data": data} if data else {})), True
+    from lilliput.reopening import artifact_workload
+
+    return artifact_workload(name, data)
 
 
 @app.command()

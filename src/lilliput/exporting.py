@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,11 @@ from torch import nn
 
 from lilliput.artifact import load, load_example, load_tokenizer, read_architecture
 from lilliput.errors import UserError
-from lilliput.onnx_export import _evaluate, _logits, evaluating, export_onnx, inputs_of, relative_error
+from lilliput.onnx_export import evaluator, export_onnx, graph_error, inputs_of
 from lilliput.workload import Batch
 
 KINDS = {".onnx": "classifier", ".gguf": "causal_lm"}
+TOKENIZER = "tokenizer.json"
 WORDS = {"classifier": "a classifier", "causal_lm": "a language model"}
 
 
@@ -53,20 +53,20 @@ def _check_kind(folder: Path, out: Path, found: Any, wanted: str) -> None:
 def _to_onnx(model: nn.Module, example: Batch, out: Path) -> dict[str, Any]:
     x = example["input"]
     export_onnx(model, x, out)
-    with evaluating(model):
-        expected = _logits(model(x))
-    error = relative_error(expected.new_tensor(_evaluate(out.read_bytes(), {"input": x})), expected)
-    runtime = "onnxruntime" if importlib.util.find_spec("onnxruntime") else "onnx.reference"
     return {
         "path": str(out),
         "size_bytes": out.stat().st_size,
-        "largest_relative_error": error,
-        "checked_with": runtime,
+        "largest_relative_error": graph_error(out.read_bytes(), model, {"input": x}),
+        "checked_with": evaluator(),
     }
 
 
 def _to_gguf(folder: Path, out: Path, name: str, model: nn.Module | None, matrices: str) -> dict[str, Any]:
     from lilliput.gguf_export import export_gguf
 
-    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    return export_gguf(load(folder, model), out, tokenizer, name, matrices)
+    if not (folder / TOKENIZER).is_file():
+        raise UserError(
+            f"{str(folder)!r} holds no {TOKENIZER}, and llama.cpp does not open a file without a vocabulary; copy the "
+            f"{TOKENIZER} of the original model into that folder, or save the artifact from a workload with a tokenizer"
+        )
+    return export_gguf(load(folder, model), out, load_tokenizer(folder), name, matrices)

@@ -43,6 +43,7 @@ def export_gguf(
 ) -> dict[str, Any]:
     """Write a Llama or Qwen2 model of transformers to a GGUF file and return what each tensor became.
 
+    Without a tokenizer the file has no vocabulary: for programs that give token ids, as llama.cpp's own tools do not.
     `matrices` is the type of matrices that are not quantized: F16, BF16 or F32. The file appears only after every
     tensor was read back and compared. Raises UserError when llama.cpp could not take the model.
     """

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.anatomy import anatomy
+from lilliput.anatomy import anatomy, linear_parts
 from lilliput.edits import module_config
 from lilliput.errors import UserError
 
@@ -221,7 +221,8 @@ def _fixed(model: nn.Module, graph: Any, roots: set[Any]) -> set[Any]:
     for block in anatomy(model).blocks:
         if block.attention:
             a = block.attention
-            fixed |= {(model.get_submodule(n), "out") for n in (a.q, a.k, a.v)} | {(model.get_submodule(a.o), "in")}
+            fixed |= {(linear_parts(model.get_submodule(n))[-1], "out") for n in (a.q, a.k, a.v)}
+            fixed.add((linear_parts(model.get_submodule(a.o))[0], "in"))
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

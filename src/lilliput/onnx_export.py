@@ -10,8 +10,7 @@ import importlib.util
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lilliput.errors import UserError
+from lilliput.hooks import evaluating, tensors_in
 from lilliput.workload import Batch, Workload
 
 OPSET = 19  # the first in which the reference evaluator knows DequantizeLinear
 LARGEST_BYTES = 2**31 - 1  # what one ONNX file can hold
-LEAST_ERROR, NOISE = 1e-3, 1e-4
 LEAST_ERROR, NOISE = 1e-3, 1e-4
 READS = {"__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy", "__array__"}
 SHAPE_READS = {"__get__", "size", "dim", "numel", "__len__", "stride", "is_contiguous"}
@@ -75,7 +74,7 @@ def onnx_bytes(model: nn.Module, batch: Batch, forward: Forward, dynamic_batch: 
     traced = _Traced(model, list(batch), forward)
     buffer = io.BytesIO()
     axes = {name: {0: "batch"} for name in [*batch, "logits"]} if dynamic_batch else None
-    with evaluating(model), warnings.catch_warnings():
+    with torch.no_grad(), evaluating(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's warnings name shape checks too; _InputReads tells them apart
         traced.eval()
         try:
@@ -124,19 +123,6 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode without gradients, each module back in its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 # --- tracing ---------------------------------------------------------------------------------------------------
 
 
@@ -162,7 +148,7 @@ class _InputReads(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        touched = any(id(t) in self._depends for t in _tensors([*args, *(kwargs or {}).values()]))
+        touched = any(id(t) in self._depends for t in tensors_in([*args, *(kwargs or {}).values()]))
         if touched and name in READS:
             raise UserError(
                 f"it decides in Python on values of its input (Tensor.{name}), and a graph would keep one branch; use "
@@ -170,16 +156,8 @@ class _InputReads(TorchFunctionMode):
             )
         out = func(*args, **(kwargs or {}))
         if touched and name not in SHAPE_READS:
-            self._depends.update((id(t), t) for t in _tensors([out]))
+            self._depends.update((id(t), t) for t in tensors_in([out]))
         return out
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 def _logits(out: Any) -> Tensor:
@@ -230,21 +208,20 @@ def _named(example: Example) -> tuple[Batch, Forward]:
         return dict(example), lambda model, batch: model(**batch)
     tensors = [example] if isinstance(example, Tensor) else list(example)
     names = ["input"] if len(tensors) == 1 else [f"input_{i}" for i in range(len(tensors))]
-    return dict(zip(names, tensors)), lambda model, batch: model(*batch.values())
+    return dict(zip(names, tensors)), _by_position
+
+
+def _by_position(model: nn.Module, batch: Batch) -> Any:
+    return model(*batch.values())
 
 
 def _verify(model: nn.Module, batch: Batch, forward: Forward, content: bytes, dynamic_batch: bool) -> None:
     """Compare at the example's batch size and, if it may vary, at one more than twice that size."""
     grown = {name: torch.cat([t, t, t[:1]]) for name, t in batch.items()}
     for inputs in [batch, grown] if dynamic_batch else [batch]:
-        run = partial(lambda b: _logits(forward(model, b)), inputs)
-        with evaluating(model):
-            expected, allowed = run(), expected_error(model, run)
-        try:
-            found = torch.from_numpy(_evaluate(content, inputs))
-        except Exception as error:  # the errors of onnxruntime have no common base
-            raise UserError(f"the exported graph does not run: {first_line(error)}") from error
-        error = relative_error(found, expected)
+        error = graph_error(content, model, inputs, forward)
+        with torch.no_grad(), evaluating(model):
+            allowed = expected_error(model, partial(lambda b: _logits(forward(model, b)), inputs))
         if not error <= allowed:
             size = next(iter(inputs.values())).shape[0]
             raise UserError(
@@ -253,10 +230,29 @@ def _verify(model: nn.Module, batch: Batch, forward: Forward, content: bytes, dy
             )
 
 
+def graph_error(content: bytes, model: nn.Module, batch: Batch, forward: Forward | None = None) -> float:
+    """The relative error of a graph's logits against the model's on one batch. Raises UserError when it does not run.
+
+    `forward(model, batch)` is how the model runs; by default its inputs are passed by position.
+    """
+    forward = forward or _by_position
+    with torch.no_grad(), evaluating(model):
+        expected = _logits(forward(model, batch))
+    try:
+        found = _evaluate(content, batch)
+    except Exception as error:  # the errors of onnxruntime have no common base
+        raise UserError(f"the exported graph does not run: {first_line(error)}") from error
+    return relative_error(expected.new_tensor(found), expected)
+
+
+def evaluator() -> str:
+    """What executes graphs to compare them: ONNX Runtime if installed, else the slow one of the onnx package."""
+    return "onnx.reference" if importlib.util.find_spec("onnxruntime") is None else "onnxruntime"
+
+
 def _evaluate(content: bytes, batch: Batch) -> np.ndarray:
-    """The graph's output by ONNX Runtime if it is installed, else by the slow evaluator of the onnx package."""
     feeds = {name: t.detach().numpy() for name, t in batch.items()}
-    if importlib.util.find_spec("onnxruntime") is None:
+    if evaluator() == "onnx.reference":
         from onnx.reference import ReferenceEvaluator
 
         return np.asarray(ReferenceEvaluator(content).run(None, feeds)[0])  # type: ignore[index]

@@ -184,6 +184,13 @@ class Classifier(Workload):
         return getattr(out, "logits", out)
 
 
+def need_workload(workload: Workload | None, method: str, why: str) -> Workload:
+    """The workload. Raises UserError with what the method needs it for, and perhaps what works without one."""
+    if workload is None:
+        raise UserError(f"{method} needs a workload {why}; call apply(model, workload)")
+    return workload
+
+
 def windows(ids: Tensor, batch_size: int = 4) -> list[Batch]:
     """(n, length) token ids -> batches of up to `batch_size` windows."""
     return [{"input_ids": chunk} for chunk in ids.split(batch_size)]

@@ -17,7 +17,6 @@ SMALL = {
     "quantize.gpfq": {"samples": 64},
     "quantize.gptq": {"samples": 64},
 }
-NEEDS_BLOCKS = {"distill.hidden"}  # its targets are what it trains; it says when it is applied that blocks are missing
 
 
 def small_method(name: str) -> Method:
@@ -28,8 +27,6 @@ def small_method(name: str) -> Method:
 def targets(method: Method, model: nn.Module) -> list[str]:
     """What the method can change; nothing where it refuses the kind of model."""
     try:
-        found = list(method.targets(model))
+        return list(method.targets(model))
     except UserError:
         return []
-    blocks = any(isinstance(m, nn.ModuleList) for m in model.modules())
-    return found if blocks or method.name() not in NEEDS_BLOCKS else []

@@ -127,6 +127,11 @@ def test_it_answers_like_transformers_with_packed_weights(kind, method):
     check_like_transformers(method.apply(build(kind)), tolerance=0.02, tokens=4)
 
 
+def test_it_answers_like_transformers_with_packed_factors():
+    model = LowRank(rank=0.8, whiten="none").apply(build("Llama"))
+    check_like_transformers(Int8().apply(model), tolerance=0.02, tokens=4)
+
+
 def test_it_answers_like_transformers_after_everything_at_once():
     model = build("Llama", num_hidden_layers=3, tie_word_embeddings=True)
     for method in (Depth(blocks=1), Heads(ratio=0.5, unit="group"), Neurons(ratio=0.25, round_to=32)):

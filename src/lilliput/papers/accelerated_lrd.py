@@ -20,12 +20,12 @@ from lilliput.methods.factorize._factors import (
     ranks_for,
 )
 from lilliput.methods.factorize._freezing import SequentialFreezing
-from lilliput.methods.factorize._moments import input_shapes
 from lilliput.methods.factorize.merged import Merged
 from lilliput.methods.factorize.targeted import snap_ranks
 from lilliput.methods.factorize.tucker import Tucker
 from lilliput.methods.prune.channels import Channels
 from lilliput.metrics.latency import measure, wait_until_quiet
+from lilliput.moments import input_shapes
 from lilliput.paper import Evidence, Paper
 from lilliput.papers._low_rank import (
     Contender,

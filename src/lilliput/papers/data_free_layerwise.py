@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 
-from lilliput.methods.quantize._moments import input_moments
 from lilliput.methods.quantize._statistics import sampled_moments
 from lilliput.methods.quantize.data_free import FLOAT, DataFree, compress_layers_, prepare_
+from lilliput.moments import input_moments
 from lilliput.paper import Evidence, Paper, Row
 from lilliput.papers._pictures import NETS, Table, accuracy_percent, calibration_draw, margin, pictures_workload
 from lilliput.workload import Workload

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lilliput.hooks import evaluating
 from lilliput.methods.quantize._coded import codable
-from lilliput.methods.quantize._moments import Moments, evaluating, grouped_weight
 from lilliput.methods.quantize._walk import execution_order
 from lilliput.methods.quantize.data_free import best_step
 from lilliput.methods.quantize.gpfq import alphabet_step, follow_path, paired_moments
 from lilliput.methods.quantize.gptq import gptq
+from lilliput.moments import Moments, grouped_weight
 from lilliput.paper import Evidence, Paper, Row
 from lilliput.papers._pictures import NETS, Table, accuracy_percent, calibration_draw, margin, pictures_workload
 from lilliput.workload import Workload

@@ -12,10 +12,11 @@ import importlib
 import pkgutil
 from typing import Any, ClassVar
 
-from torch import Tensor, cat, nn  # the name `torch` here is the runtime of that name
+from torch import Tensor, cat, nn, no_grad  # the name `torch` here is the runtime of that name
 
 from lilliput.errors import UserError
-from lilliput.onnx_export import evaluating, expected_error, relative_error
+from lilliput.hooks import evaluating
+from lilliput.onnx_export import expected_error, relative_error
 from lilliput.workload import Batch, Workload
 
 CHECKED_BATCHES = 2
@@ -95,7 +96,7 @@ def check(session: Session, model: nn.Module, workload: Workload, tolerance: flo
     def logits(executor: nn.Module | Session) -> Tensor:
         return cat([workload.forward(executor, batch).flatten().float() for batch in batches])
 
-    with evaluating(model):
+    with no_grad(), evaluating(model):
         error = relative_error(logits(session), logits(model))
         allowed = expected_error(model, lambda: logits(model)) if tolerance is None else tolerance
     if not error <= allowed:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lilliput.workload import Workload
+    from lilliput.zoo.texts import Corpus
 
 TRAINED_HERE = "trained here"
 
@@ -42,6 +43,11 @@ def catalogue() -> list[Entry]:
     for a in assets().values():
         found.append(Entry(a.name, a.kind, a.what, a.size_bytes, a.licence, a.origin, is_fetched(a)))
     return found
+
+
+def workload_names(kind: str) -> list[str]:
+    """The workloads of one kind: causal_lm or classifier."""
+    return [name for name, table in tables()["workloads"].items() if table["kind"] == kind]
 
 
 def _workload_entry(name: str, table: dict[str, Any]) -> Entry:
@@ -120,9 +126,9 @@ def load(name: str | Path, **options: Any) -> Workload:
     """A workload of the zoo, of a Hugging Face folder or of a .gguf file.
 
     Language models take `data` (a .txt file or a folder of .txt documents; State of the Union addresses if not
-    given), `length` (tokens a window, 256) and `windows` (their number by split, such as {"validation": 8});
-    classifiers take `batch_size`. Raises UserError for an unknown name, something not fetched, and files that do not
-    load.
+    given), `length` (tokens a window: 256, or what a smaller model reads) and `windows` (their number by split, such as
+    {"validation": 8}); classifiers take `batch_size`. Raises UserError for an unknown name, something not fetched, and
+    files that do not load.
     """
     table = tables()["workloads"].get(str(name))
     if table is None:
@@ -170,13 +176,17 @@ def _load_path(path: Path, options: dict[str, Any]) -> Workload:
     return language.language_workload(folder, corpus, full.name if path.is_dir() else full.stem, **rest)
 
 
-def _corpus(options: dict[str, Any], fetch_name: str) -> tuple[Any, dict[str, Any]]:
+def _corpus(options: dict[str, Any], fetch_name: str) -> tuple[Corpus, dict[str, Any]]:
     """The text that `data` names, and the other options."""
+    rest = {key: value for key, value in options.items() if key != "data"}
+    return text_corpus(options.get("data"), fetch_name), rest
+
+
+def text_corpus(data: str | Path | None = None, fetch_name: str = "sotu") -> Corpus:
+    """A user's text, or the State of the Union addresses. Raises UserError; `fetch_name` is what its cure fetches."""
     from lilliput.zoo import texts
 
-    rest = {key: value for key, value in options.items() if key != "data"}
-    data = options.get("data")
-    return (texts.state_of_the_union(fetch_name) if data is None else texts.own_corpus(data)), rest
+    return texts.state_of_the_union(fetch_name) if data is None else texts.own_corpus(data)
 
 
 def _check_options(options: dict[str, Any], known: set[str], name: str | Path) -> None:

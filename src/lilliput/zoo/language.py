@@ -18,6 +18,7 @@ from lilliput.workload import CausalLM, Workload
 from lilliput.zoo.texts import Corpus, split_windows
 
 _VERSION = 1  # of the conversion; raise it when that changes
+LENGTH = 256  # tokens of a window, if the model reads as many
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "*.model")
 
 
@@ -134,9 +135,10 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def language_workload(
-    folder: Path, corpus: Corpus, name: str, length: int = 256, windows: Mapping[str, int] | None = None
+    folder: Path, corpus: Corpus, name: str, length: int | None = None, windows: Mapping[str, int] | None = None
 ) -> CausalLM:
-    """A model of a Hugging Face folder, scored by perplexity on windows of `length` tokens of a corpus.
+    """A model of a Hugging Face folder, scored by perplexity on windows of `length` tokens of a corpus: 256, or as many
+    as a smaller model reads.
 
     `windows` sets the number per split (training, calibration, validation, test); no document is in two splits.
     """
@@ -150,11 +152,12 @@ def model_workload(
     digest: str,
     corpus: Corpus,
     name: str,
-    length: int = 256,
+    length: int | None = None,
     windows: Mapping[str, int] | None = None,
 ) -> CausalLM:
     """The same around a transformers model and tokenizer in memory; `digest` identifies the tokenizer."""
     longest = getattr(model.config, "max_position_embeddings", None)
+    length = min(LENGTH, longest or LENGTH) if length is None else length
     if longest is not None and length > longest:
         raise UserError(f"length is {length} tokens, but {name} reads {longest} at most")
     splits = split_windows(tokenizer, digest, corpus, length, windows)

@@ -16,6 +16,7 @@ from lilliput.methods.distill.hidden import (
     squared_distance,
 )
 from lilliput.methods.distill.logits import Logits
+from lilliput.methods.factorize.tucker import Tucker
 from lilliput.workload import Workload
 from lilliput.zoo import nets
 
@@ -53,6 +54,19 @@ def test_blocks_are_found(tiny_llama):
     assert blocks_of(nets.resnet(4, 8)) == ["blocks.0", "blocks.1", "blocks.2"]
     with pytest.raises(UserError, match=r"distill\.logits"):
         blocks_of(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("method", [None, Tucker(ratio=0.5)], ids=["whole", "factored"])
+def test_targets_are_refused_where_apply_is(method, cnn_work):
+    """A net without a list of blocks, whose factored convolutions are lists, but of factors."""
+    model = method.apply(cnn_work.model, cnn_work) if method else cnn_work.model
+    for call in (lambda: list(Hidden().targets(model)), lambda: Hidden(steps=1).apply(model, cnn_work)):
+        with pytest.raises(UserError, match=r"no list of blocks.*use distill\.logits"):
+            call()
+
+
+def test_targets_are_what_learns(tiny_llama):
+    assert list(Hidden().targets(tiny_llama)) == list(Logits().targets(tiny_llama))
 
 
 def test_captured_gives_the_outputs_width_last_and_leaves_no_hook():

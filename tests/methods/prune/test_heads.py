@@ -5,7 +5,9 @@ import torch
 
 from lilliput.anatomy import anatomy
 from lilliput.errors import UserError
+from lilliput.methods.factorize.low_rank import LowRank
 from lilliput.methods.prune.heads import Heads, choose, head_scores, norm_scores, rows_of
+from lilliput.methods.quantize.int8 import Int8
 from lilliput.workload import Workload
 from lilliput.zoo import nets
 
@@ -176,3 +178,14 @@ def test_bad_input(tiny_cnn, tiny_llama):
         Heads(unit="row")
     with pytest.raises(UserError, match="cannot change 'lm_head'"):
         Heads().apply(tiny_llama, layers=["lm_head"])
+
+
+@pytest.mark.parametrize("change", [LowRank(whiten="none"), Int8()], ids=["low-rank factors", "a PackedLinear"])
+def test_layers_that_were_replaced_are_refused_with_the_order(change, llama_work, request):
+    model = change.apply(llama_work.model)
+    kind = request.node.callspec.id
+    with pytest.raises(UserError, match=rf"prune\.heads .*has become {kind}; prune first, then factorize"):
+        Heads().apply(model, llama_work)
+    one = change.apply(llama_work.model, layers=["model.layers.0.*"])
+    before = list(Heads().targets(llama_work.model))
+    assert list(Heads().targets(one)) == [n for n in before if n.startswith("model.layers.1.")]

@@ -7,8 +7,10 @@ from torch import nn
 
 from lilliput.anatomy import anatomy
 from lilliput.errors import UserError
+from lilliput.methods.factorize.low_rank import LowRank
 from lilliput.methods.prune._surgery import select
 from lilliput.methods.prune.neurons import Neurons, magnitude_scores, neuron_scores, refit
+from lilliput.methods.quantize.int8 import Int8
 from lilliput.workload import Workload
 from lilliput.zoo import nets
 
@@ -176,3 +178,14 @@ def test_bad_models_and_missing_data(tiny_llama, tiny_cnn):
         Neurons().apply(tiny_cnn)
     with pytest.raises(UserError, match=r"cannot change 'model\.layers\.7'"):
         Neurons().apply(tiny_llama, layers=["model.layers.7"])
+
+
+@pytest.mark.parametrize("change", [LowRank(whiten="none"), Int8()], ids=["low-rank factors", "a PackedLinear"])
+def test_layers_that_were_replaced_are_refused_with_the_order(change, llama_work, request):
+    model = change.apply(llama_work.model)
+    kind = request.node.callspec.id
+    with pytest.raises(UserError, match=rf"prune\.neurons .*has become {kind}; prune first, then factorize"):
+        Neurons().apply(model, llama_work)
+    one = change.apply(llama_work.model, layers=["model.layers.0.*"])
+    before = list(Neurons().targets(llama_work.model))
+    assert list(Neurons().targets(one)) == [n for n in before if n.startswith("model.layers.1.")]

@@ -210,6 +210,15 @@ def test_pictures_are_smooth_and_standard():
     assert torch.isfinite(like_pictures(torch.randn(1, 1, 1, 1))).all()
 
 
+def test_pictures_of_one_pixel_have_nothing_to_smooth(tiny_cnn):
+    white = torch.randn(50, 3, 1, 1)
+    torch.testing.assert_close(like_pictures(white), (white - white.mean()) / white.std(correction=0))
+    x = torch.randn(32, 1, 1, 1)
+    for settings in ({"sampler": "independent"}, {"sampler": "propagated"}, {"samples": 1}, {"activation_bits": 8}):
+        model = DataFree(size=1, steps=5, **{"samples": 32, **settings}).apply(trained(tiny_cnn))
+        assert (model(x) - tiny_cnn(x)).norm() < 0.05 * tiny_cnn(x).norm()
+
+
 def test_ranges_are_six_deviations_out(tiny_cnn):
     stats = fold_batchnorm_(trained(tiny_cnn))
     ranges = input_ranges(tiny_cnn, stats, ["conv1", "conv2"], 16)

@@ -10,9 +10,9 @@ from torch import nn
 from lilliput.edits import describe, replay
 from lilliput.errors import UserError
 from lilliput.methods.quantize._coded import CodedConv2d, CodedLinear
-from lilliput.methods.quantize._moments import Moments
 from lilliput.methods.quantize._packed import PackedLinear
 from lilliput.methods.quantize.gpfq import Gpfq, alphabet_step, follow_path, path_error, quantize_layer
+from lilliput.moments import Moments
 
 
 def letter(z, levels, sparse, threshold):

@@ -117,6 +117,17 @@ def test_act_order_spends_its_care_on_large_inputs():
     assert first < error(w, *gptq(w, hessian, 3, 32), 3, hessian).sum()
 
 
+def test_act_order_is_the_textbook_from_the_largest_input_down():
+    w, hessian = problem(8, n=8, k=160)  # more than one lazy block
+    shuffled = torch.randperm(160, generator=torch.Generator().manual_seed(0))
+    hessian = hessian[shuffled][:, shuffled]
+    order = hessian.diagonal().argsort(descending=True)
+    grid = choose_grid(w, 3, 160)
+    expected = eliminate(w[:, order], hessian[order][:, order], *grid, 3, 0.05)
+    q, _, _ = gptq(w, hessian, 3, 160, damping=0.05, act_order=True, grid=grid)
+    assert (q[:, order].numpy() == expected).mean() > 0.995
+
+
 def test_eight_bits_are_symmetric():
     w, hessian = problem(7)
     _, scale, zero = gptq(w, hessian, 8, 64)

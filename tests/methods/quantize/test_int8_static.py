@@ -364,7 +364,7 @@ def test_language_models_run_too(llama_work):
 
 
 def test_wrong_calls(cnn_work):
-    with pytest.raises(UserError, match="needs calibration data; pass a workload"):
+    with pytest.raises(UserError, match=r"needs a workload.*calibration data; call apply\(model, workload\)"):
         Int8Static().apply(cnn_work.model)
     with pytest.raises(UserError, match="ranges is 'max'; choose one of 'minmax'"):
         Int8Static(ranges="max")

@@ -10,25 +10,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from lilliput.anatomy import anatomy
+from lilliput.anatomy import anatomy, in_out
 from lilliput.errors import UserError
-from lilliput.method import BLOCK_COUNT, LAYER_SHAPES, OUTPUT_SHAPE, UNLABELLED, Facts, knob
+from lilliput.hooks import evaluating
+from lilliput.method import knob
 from lilliput.methods.distill.logits import (
+    LEARNS,
     Logits,
     batches_of,
     distillation_loss,
-    evaluating,
     hard_loss,
-    needs_workload,
     only,
     teacher_logits,
+    trainable_modules,
 )
-from lilliput.workload import Batch, Workload
+from lilliput.workload import Batch, Workload, need_workload
 
 States = dict[str, Tensor]
 
@@ -43,15 +44,14 @@ class Hidden(Logits):
 
     weight: float = knob(1.0, low=0.0, high=1000.0, help="weight of the states beside the logits")
     distance: str = knob("squared", choices=("squared", "cosine"), help="how far two states are apart")
-    facts: ClassVar = Facts(
-        stage="distill",
-        keeps={OUTPUT_SHAPE, LAYER_SHAPES, BLOCK_COUNT},
-        data=UNLABELLED,
-        effect="wins back quality, same speed and size",
-    )
+
+    def targets(self, model: nn.Module) -> Iterator[str]:
+        """Every module that can learn. Raises UserError for a model without blocks whose states could be matched."""
+        blocks_of(model)
+        yield from trainable_modules(model)
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
-        work = needs_workload(workload, self.name())
+        work = need_workload(workload, self.name(), LEARNS)
         pairs = depth_pairs(blocks_of(model), blocks_of(work.model))
         with only(model, layers), evaluating(work.model):
             learner = _Learner(model, self._projections(model, work, pairs))
@@ -120,11 +120,15 @@ def depth_pairs(student: list[str], teacher: list[str]) -> dict[str, str]:
 
 
 def blocks_of(model: nn.Module) -> list[str]:
-    """Transformer blocks, or else the members of the longest list of modules. Raises UserError when there is none."""
+    """Transformer blocks, or else the members of the longest list of modules. Raises UserError when there is none.
+
+    The factors of one layer are no list of blocks.
+    """
     found = [block.name for block in anatomy(model).blocks]
     if found:
         return found
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1]
+    every = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Sequential | nn.ModuleList) and len(m) > 1)
+    lists = [(n, m) for n, m in every if not all(in_out(part) or hasattr(part, "in_channels") for part in m)]
     if not lists:
         raise UserError(
             f"{type(model).__name__} has no list of blocks whose states could be matched; use distill.logits"

@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilliput.errors import UserError
+from lilliput.hooks import evaluating
 from lilliput.method import BLOCK_COUNT, LAYER_SHAPES, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
 from lilliput.training import train
-from lilliput.workload import Batch, Workload
+from lilliput.workload import Batch, Workload, need_workload
+
+LEARNS = "whose model and data it learns from"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Logits(Method):
         yield from trainable_modules(model)
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
-        work = needs_workload(workload, self.name())
+        work = need_workload(workload, self.name(), LEARNS)
 
         def loss_fn(student: nn.Module, batch: Batch) -> Tensor:
             logits, taught = work.forward(student, batch), teacher_logits(work, batch)
@@ -99,24 +102,6 @@ def only(model: nn.Module, names: Mapping[str, object]) -> Iterator[None]:
         for parameter, needed in before.items():
             parameter.requires_grad_(needed)
             parameter.grad = None
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in eval mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def needs_workload(workload: Workload | None, name: str) -> Workload:
-    if workload is None:
-        raise UserError(f"{name} learns from the workload's model and data; call apply(model, workload)")
-    return workload
 
 
 def batches_of(work: Workload) -> Sequence[Batch]:

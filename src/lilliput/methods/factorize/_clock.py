@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lilliput.methods.factorize._moments import Shape
 from lilliput.runtimes import find_runtime
 from lilliput.workload import Workload
 
+Shape = tuple[int, ...]
 TimeMs = Callable[[nn.Module, Shape], float]
 BURST_MS = 3.0  # one reading repeats the layer for about this long, so that the clock's own cost vanishes
 

@@ -16,9 +16,9 @@ from lilliput.edits import set_module
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
 from lilliput.methods.factorize._decompose import truncate, truncate_whitened
 from lilliput.methods.factorize._factors import is_plain_linear, linear_factors, own_names
-from lilliput.methods.factorize._moments import need_workload, second_moments
 from lilliput.methods.factorize._ranks import snap_to_multiple, svd_rank
-from lilliput.workload import Workload
+from lilliput.moments import input_moments
+from lilliput.workload import Workload, need_workload
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class LowRank(Method):
         moments = {}
         if whitened:
             why = "to see each layer's inputs (or set whiten='none')"
-            moments = second_moments(model, need_workload(workload, "factorize.low_rank", why), whitened)
+            found = input_moments(model, need_workload(workload, self.name(), why), whitened)
+            moments = {name: seen.gram[0] for name, seen in found.items() if seen.n}
         for name, settings in layers.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, nn.Linear)

@@ -16,11 +16,11 @@ from torch import nn
 
 from lilliput.edits import set_module
 from lilliput.errors import UserError
+from lilliput.hooks import evaluating, watching
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
 from lilliput.methods.factorize._chains import Pair, linear_pairs
 from lilliput.methods.factorize._factors import Layer, factored_layers
-from lilliput.methods.factorize._moments import need_workload, watch
-from lilliput.workload import Workload
+from lilliput.workload import Workload, need_workload
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,14 @@ def start_as_identity_(model: nn.Module, name: str, workload: Workload) -> None:
     assert norm.running_mean is not None
     seen: list[torch.Tensor] = []  # per batch: (3, C) of count, sum, sum of squares
 
-    def see(_: str, x: torch.Tensor) -> None:
+    def see(_: str, layer: nn.Module, x: torch.Tensor) -> None:
         x = x.double()
         count = torch.full((x.shape[1],), x.numel() / x.shape[1], dtype=torch.double)
         seen.append(torch.stack([count, x.sum((0, 2, 3)), x.square().sum((0, 2, 3))]))
 
-    watch(model, [name], see, lambda: [workload.forward(model, batch) for batch in workload.calibration])
+    with evaluating(model), watching(model, [name], see):
+        for batch in workload.calibration:
+            workload.forward(model, batch)
     count, total, squares = torch.stack(seen).sum(0)
     mean = total / count
     norm.running_mean.copy_(mean)

@@ -18,7 +18,7 @@ from torch import nn
 
 from lilliput.edits import set_module
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
-from lilliput.methods.factorize._clock import RUNNERS, Clock, TimeMs, median_ratio, paired_ms, torch_training
+from lilliput.methods.factorize._clock import RUNNERS, Clock, Shape, TimeMs, median_ratio, paired_ms, torch_training
 from lilliput.methods.factorize._factors import (
     Layer,
     factor_layer,
@@ -29,9 +29,9 @@ from lilliput.methods.factorize._factors import (
     ranks_for,
     shape_like,
 )
-from lilliput.methods.factorize._moments import Shape, input_shapes, need_workload
 from lilliput.methods.factorize._ranks import snap_to_staircase
-from lilliput.workload import Workload
+from lilliput.moments import input_shapes
+from lilliput.workload import Workload, need_workload
 
 log = logging.getLogger(__name__)
 

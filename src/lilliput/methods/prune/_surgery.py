@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import is_conv1d
 from lilliput.errors import UserError
-from lilliput.methods.quantize._moments import evaluating, watching
+from lilliput.hooks import evaluating, watching
 from lilliput.workload import Workload
 
 
@@ -18,6 +18,18 @@ def plain(model: nn.Module, names: Iterable[str]) -> bool:
     """Whether all are ordinary linear layers (or GPT-2's Conv1D, which `to_linear_` converts)."""
     modules = [model.get_submodule(name) for name in names]
     return all(type(m) is nn.Linear or is_conv1d(m) for m in modules)
+
+
+def refuse_replaced(model: nn.Module, names: Iterable[str], method: str) -> None:
+    """Raises UserError when one of the layers is no longer an ordinary linear layer; otherwise nothing."""
+    for name in names:
+        if not plain(model, [name]):
+            layer = model.get_submodule(name)
+            kind = "low-rank factors" if isinstance(layer, nn.Sequential) else f"a {type(layer).__name__}"
+            raise UserError(
+                f"{method} cuts rows and columns of ordinary linear layers, but {name!r} has become {kind}; "
+                "prune first, then factorize and quantize"
+            )
 
 
 @torch.no_grad()
@@ -69,10 +81,3 @@ def average_inputs(
         if not torch.isfinite(sums[name]).all():
             raise UserError(f"the inputs of layer {name!r} are not finite on the calibration data; check the data")
     return {name: sums[name] / weights[name] for name in names}
-
-
-def need_data(workload: Workload | None, method: str, instead: str) -> Workload:
-    """The workload. Raises UserError that says what works without one."""
-    if workload is None:
-        raise UserError(f"{method} looks at calibration data; pass a workload: .apply(model, workload), or {instead}")
-    return workload

@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lilliput.anatomy import anatomy, convolutions, linears
+from lilliput.anatomy import anatomy, convolutions, linear_parts, linears
 from lilliput.errors import UserError
 from lilliput.graph import Group, Member, coupled_channels, kept_count, remove_channels_
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
-from lilliput.methods.prune._surgery import average_inputs, need_data, select
-from lilliput.workload import Workload
+from lilliput.methods.prune._surgery import average_inputs, select
+from lilliput.workload import Workload, need_workload
 
 NORMS = nn.BatchNorm1d | nn.BatchNorm2d
 
@@ -58,13 +58,15 @@ class Channels(Method):
         """Convolutions and linear layers outside transformer blocks, without the head."""
         found = anatomy(model)
         free = set(convolutions(model)) | set(linears(model))
-        free -= {found.head}
+        head = linear_parts(model.get_submodule(found.head)) if found.head else []
+        free -= {name for name in free if model.get_submodule(name) in head[-1:]}
         if found.blocks:  # one convolution there is the patch embedding, whose channels are the residual stream
             free = set(convolutions(model)) if len(convolutions(model)) > 1 else set()
         yield from (name for name, _ in model.named_modules() if name in free)
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
-        data = need_data(workload, self.name(), "use prune.magnitude, which needs no example to trace the model with")
+        why = "to trace the model and look at calibration data (or use prune.magnitude, which needs none)"
+        data = need_workload(workload, self.name(), why)
 
         def forward(traced: nn.Module, batch: Any) -> Any:
             return data.forward(traced, batch)

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import Anatomy, anatomy, needs_blocks
 from lilliput.errors import UserError
+from lilliput.hooks import evaluating
 from lilliput.method import FLOAT_WEIGHTS, LAYER_SHAPES, OUTPUT_SHAPE, PACKED_WEIGHTS, UNLABELLED, Facts, Method, knob
-from lilliput.methods.prune._surgery import need_data
-from lilliput.methods.quantize._moments import evaluating
-from lilliput.workload import Workload
+from lilliput.workload import Workload, need_workload
 
 
 def influence(before: Tensor, after: Tensor) -> Tensor:
@@ -83,7 +82,8 @@ class Depth(Method):
             raise UserError(f"blocks is {count}, but the model has {len(names)}; give at most {len(names) - 1}")
         if count == 0:
             return []
-        data = need_data(workload, self.name(), f"name the blocks: layers=[{names[0]!r}]")
+        why = f"to look at calibration data (or name the blocks: layers=[{names[0]!r}])"
+        data = need_workload(workload, self.name(), why)
         scores = block_influences(model, data)
         return sorted(names, key=lambda name: scores[name])[:count]
 

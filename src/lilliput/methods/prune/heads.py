@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lilliput.anatomy import HEADS, KV_HEADS, Attention, anatomy, needs_blocks, to_linear_
 from lilliput.graph import kept_count
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
-from lilliput.methods.prune._surgery import average_inputs, keep_columns_, keep_rows_, plain, select
+from lilliput.methods.prune._surgery import average_inputs, keep_columns_, keep_rows_, plain, refuse_replaced, select
 from lilliput.workload import Workload
 
 
@@ -68,8 +68,11 @@ class Heads(Method):
 
     def targets(self, model: nn.Module) -> Iterator[str]:
         """Names of the attention modules (anatomy's `Attention.name`). Raises UserError without transformer blocks."""
-        needs_blocks(model, self.name())
-        yield from _attentions(model)
+        found = [b.attention for b in needs_blocks(model, self.name()).blocks if b.attention]
+        fit = _attentions(model)
+        if not fit:
+            refuse_replaced(model, [n for a in found for n in (a.q, a.k, a.v, a.o)], self.name())
+        yield from fit
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         to_linear_(model)

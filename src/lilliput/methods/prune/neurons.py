@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from lilliput.anatomy import Mlp, anatomy, needs_blocks, to_linear_
 from lilliput.graph import kept_count
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
-from lilliput.methods.prune._surgery import average_inputs, keep_columns_, keep_rows_, need_data, plain, select
-from lilliput.workload import Workload
+from lilliput.methods.prune._surgery import average_inputs, keep_columns_, keep_rows_, plain, refuse_replaced, select
+from lilliput.workload import Workload, need_workload
 
 DAMPING = 1e-5  # of the mean diagonal, so that dead neurons do not make the least-squares system singular
 
@@ -74,8 +74,11 @@ class Neurons(Method):
 
     def targets(self, model: nn.Module) -> Iterator[str]:
         """Names of the feed-forward modules (anatomy's `Mlp.name`). Raises UserError without transformer blocks."""
-        needs_blocks(model, self.name())
-        yield from _mlps(model)
+        found = [b.mlp for b in needs_blocks(model, self.name()).blocks if b.mlp]
+        fit = _mlps(model)
+        if not fit:
+            refuse_replaced(model, [n for m in found for n in (*m.into, m.down)], self.name())
+        yield from fit
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         to_linear_(model)
@@ -116,7 +119,8 @@ def _moments(
     wanted = {mlps[n].down: layers[n] for n in mlps if layers[n].refit or layers[n].score == "activation"}
     if not wanted:
         return {}
-    data = need_data(workload, "prune.neurons", "use score='magnitude' without refit")
+    why = "to look at calibration data (or use score='magnitude' without refit)"
+    data = need_workload(workload, "prune.neurons", why)
 
     def statistic(name: str, _: nn.Module, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])

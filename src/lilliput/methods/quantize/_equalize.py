@@ -89,8 +89,8 @@ def _follow(model: nn.Module, start: fx.Node, once: set[str]) -> Pair | None:
 
 def _passes(node: fx.Node, module: nn.Module | None) -> bool:
     if module is not None:
-        padded = isinstance(module, nn.AvgPool2d) and module.padding not in (0, (0, 0))  # its border is not homogeneous
-        return isinstance(module, PASSING) and not padded
+        padded = isinstance(module, nn.AvgPool2d) and module.padding not in (0, (0, 0))
+        return isinstance(module, PASSING) and not padded  # a padded mean is not homogeneous at the border
     known = (
         node.target in FUNCTIONS if node.op == "call_function" else node.op == "call_method" and node.target in METHODS
     )

@@ -8,7 +8,7 @@ Who feeds whom is read off one run of the model, by the identity of the tensors:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lilliput.edits import set_module
-from lilliput.methods.quantize._moments import evaluating
+from lilliput.hooks import evaluating, tensors_in
 from lilliput.workload import Workload
 
 SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
@@ -40,7 +40,7 @@ class _Uses(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if not isinstance(out, Tensor | tuple | list):
             return out
-        inputs = list(_tensors([*args, *(kwargs or {}).values()]))
+        inputs = list(tensors_in([*args, *(kwargs or {}).values()]))
         owner = next((self.owners[id(t)] for t in inputs if id(t) in self.owners), None)
         makers = [self._made[id(t)][0] for t in inputs if id(t) in self._made]
         for maker in makers:
@@ -49,14 +49,6 @@ class _Uses(TorchFunctionMode):
             self.sources[owner].update(makers or [""])
             self._made[id(out)] = (owner, out)
         return out
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 def _label(func: Any, inputs: list[Tensor]) -> str:

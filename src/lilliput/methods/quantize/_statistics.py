@@ -15,8 +15,9 @@ from torch.fx.proxy import TraceError
 
 from lilliput.edits import set_module
 from lilliput.errors import UserError
+from lilliput.hooks import evaluating
 from lilliput.methods.quantize._fold import fold_
-from lilliput.methods.quantize._moments import Moments, evaluating, layer_rows
+from lilliput.moments import Moments, layer_rows
 
 Stats = dict[str, tuple[Tensor, Tensor]]  # module name -> mean and standard deviation of its output channels
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

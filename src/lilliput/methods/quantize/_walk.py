@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.anatomy import anatomy
-from lilliput.methods.quantize._moments import evaluating, watching
+from lilliput.hooks import evaluating, watching
 
 if TYPE_CHECKING:
     from lilliput.workload import Batch, Workload

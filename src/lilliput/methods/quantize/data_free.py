@@ -34,7 +34,6 @@ from lilliput.method import (
 )
 from lilliput.methods.quantize._coded import codable, coded
 from lilliput.methods.quantize._equalize import absorb_bias_, equalize_
-from lilliput.methods.quantize._moments import Moments, grouped_weight
 from lilliput.methods.quantize._qdq import activation_grid, int8_layer
 from lilliput.methods.quantize._statistics import (
     NORMS,
@@ -46,6 +45,7 @@ from lilliput.methods.quantize._statistics import (
     sampled_moments,
     trace,
 )
+from lilliput.moments import Moments, grouped_weight
 from lilliput.workload import Workload
 
 FLOAT = 32  # the value of `bits` that leaves weights float

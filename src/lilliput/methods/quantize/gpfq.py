@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import anatomy
 from lilliput.edits import set_module
-from lilliput.errors import UserError
+from lilliput.hooks import evaluating, watching
 from lilliput.method import (
     BLOCK_COUNT,
     FLOAT_WEIGHTS,
@@ -37,7 +37,6 @@ from lilliput.method import (
     knob,
 )
 from lilliput.methods.quantize._coded import codable, coded
-from lilliput.methods.quantize._moments import Moments, evaluating, grouped_weight, layer_rows, watching
 from lilliput.methods.quantize._packed import PackedLinear
 from lilliput.methods.quantize._walk import (
     BlockWalk,
@@ -47,7 +46,8 @@ from lilliput.methods.quantize._walk import (
     some_batches,
     walkable_blocks,
 )
-from lilliput.workload import Batch, Workload
+from lilliput.moments import Moments, grouped_weight, layer_rows
+from lilliput.workload import Batch, Workload, need_workload
 
 LAZY = 128  # inputs whose effect on the later ones is gathered into one product
 Trial = tuple[Tensor, Tensor, Tensor]  # error of each row, codes, step
@@ -138,8 +138,7 @@ class Gpfq(Method):
         yield from (n for n in codable(model) if not (plan.tied and n == plan.head))  # an embedding is no product
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
-        if workload is None:
-            raise UserError("quantize.gpfq needs a workload: it follows the inputs of every layer; give one to apply()")
+        workload = need_workload(workload, self.name(), "to follow the inputs of every layer")
         batches, original = some_batches(workload, self.samples), copy.deepcopy(model)
         with evaluating(model), evaluating(original):
             rest = _quantize_blocks_(model, original, workload, batches, layers)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.errors import UserError
+from lilliput.hooks import evaluating
 from lilliput.method import (
     BLOCK_COUNT,
     FLOAT_WEIGHTS,
@@ -29,11 +30,11 @@ from lilliput.method import (
     knob,
 )
 from lilliput.methods.quantize._grid import choose_grid, dequantize, round_to_grid
-from lilliput.methods.quantize._moments import Moments, collecting, evaluating, input_moments
-from lilliput.methods.quantize._packed import quantizable, replace_linears_
+from lilliput.methods.quantize._packed import replace_linears_
 from lilliput.methods.quantize._walk import BlockWalk, names_in, some_batches, walkable_blocks
-from lilliput.methods.quantize.group import fitting_group
-from lilliput.workload import Batch, Workload
+from lilliput.methods.quantize.group import fitting_group, groupable
+from lilliput.moments import Moments, collecting, input_moments
+from lilliput.workload import Batch, Workload, need_workload
 
 Grid = tuple[Tensor, Tensor]
 LAZY = 128  # columns whose updates of the later columns are gathered into one product
@@ -145,13 +146,10 @@ class Gptq(Method):
     )
 
     def targets(self, model: nn.Module) -> Iterator[str]:
-        yield from (n for n in quantizable(model) if model.get_submodule(n).in_features % 8 == 0)  # type: ignore[operator]
+        yield from groupable(model)
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
-        if workload is None:
-            raise UserError(
-                "quantize.gptq needs a workload: it looks at the inputs of every layer; give one to apply()"
-            )
+        workload = need_workload(workload, self.name(), "to look at the inputs of every layer")
         batches, left = some_batches(workload, self.samples), list(layers)
         with evaluating(model):
             walk = BlockWalk(model, workload, batches, walkable_blocks(model, workload))

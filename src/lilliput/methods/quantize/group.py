@@ -35,13 +35,18 @@ class Group(Method):
     )
 
     def targets(self, model: nn.Module) -> Iterator[str]:
-        for name in quantizable(model):
-            layer = model.get_submodule(name)
-            if isinstance(layer, nn.Linear) and layer.in_features % 8 == 0:
-                yield name
+        yield from groupable(model)
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         return replace_linears_(model, layers, _codes)
+
+
+def groupable(model: nn.Module) -> Iterator[str]:
+    """Names of the layers that can be packed and whose inputs fill whole bytes at every number of bits."""
+    for name in quantizable(model):
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Linear) and layer.in_features % 8 == 0:
+            yield name
 
 
 def fitting_group(group: int, columns: int) -> int:

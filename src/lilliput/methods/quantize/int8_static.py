@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from lilliput import method as m
 from lilliput.edits import set_module
 from lilliput.errors import UserError
+from lilliput.hooks import evaluating
 from lilliput.method import Facts, Method, knob
 from lilliput.methods.quantize._fold import fold_batch_norms_
-from lilliput.methods.quantize._moments import evaluating
 from lilliput.methods.quantize._qdq import Grid, activation_grid, int8_layer, least_error_range, percentile_range
-from lilliput.workload import Workload
+from lilliput.workload import Workload, need_workload
 
 SAMPLE = 4096  # values kept per layer and batch for the range searches
 FLOAT = 32  # "bits" of a layer that stays as it is
@@ -68,8 +68,7 @@ class Int8Static(Method):
                 yield name
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
-        if workload is None:
-            raise UserError("int8_static needs calibration data; pass a workload")
+        workload = need_workload(workload, self.name(), "to see the ranges of activations on calibration data")
         layers = {name: settings for name, settings in layers.items() if settings.bits != FLOAT}
         for name in layers:
             dtype = model.get_submodule(name).weight.dtype

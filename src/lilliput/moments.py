@@ -1,4 +1,4 @@
-"""Second moments of what goes into a layer, and squared gradients of what comes out, in one pass over data.
+"""What reaches a layer: shapes, second moments of its inputs, squared gradients of its outputs, in one pass over data.
 
 Rows are what a weight row meets: tokens for a Linear, unfolded patches for a Conv2d. Everything a layer-wise method
 needs (GPTQ, path following, error prediction) follows from sums over rows, so no activation outlives its batch.
@@ -6,7 +6,7 @@ needs (GPTQ, path following, error prediction) follows from sums over rows, so n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilliput.errors import UserError
+from lilliput.hooks import evaluating, watching
 
 if TYPE_CHECKING:
     from lilliput.workload import Batch, Workload
@@ -107,33 +108,18 @@ class Moments:
         return self.get("mean")
 
 
-@contextmanager
-def watching(model: nn.Module, names: Iterable[str], seen: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
-    """Calls `seen(name, layer, input)` whenever one of the named layers runs."""
-    handles = []
-    for name in names:
+def input_shapes(
+    model: nn.Module, workload: Workload, names: Iterable[str], batch: Batch
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what a layer gets in its first call when the model runs the batch; layers never called lack."""
+    shapes: dict[str, tuple[int, ...]] = {}
 
-        def hook(layer, args, name=name):
-            seen(name, layer, args[0].detach())
+    def seen(name: str, layer: nn.Module, x: Tensor) -> None:
+        shapes.setdefault(name, tuple(x.shape))
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, each module back in its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with torch.no_grad(), evaluating(model), watching(model, names, seen):
+        workload.forward(model, batch)
+    return shapes
 
 
 @contextmanager

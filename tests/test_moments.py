@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lilliput import moments as _moments
 from lilliput.errors import UserError
-from lilliput.methods.quantize import _moments
-from lilliput.methods.quantize._moments import Moments, gradient_moments, layer_rows, second_moments
+from lilliput.moments import Moments, gradient_moments, input_shapes, layer_rows, second_moments
 from lilliput.workload import Workload
 
 
@@ -86,6 +86,28 @@ def test_layers_that_share_an_input_get_what_each_would_alone(llama_work):
         torch.testing.assert_close(together[name], second_moments(llama_work.model, llama_work, [name])[name])
     torch.testing.assert_close(together[names[0]], together[names[1]])
     assert not torch.allclose(together[names[0]], together[names[2]])
+
+
+def test_a_layer_between_two_equal_inputs_does_not_mix_them(cnn_work):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, input):
+            x = input[:, 0, :4, 0]
+            return self.a(x) + self.b(x * 3) + self.c(x)
+
+    moments = second_moments(Two(), cnn_work, ["a", "b", "c"])
+    torch.testing.assert_close(moments["b"], 9 * moments["a"])
+    torch.testing.assert_close(moments["c"], moments["a"])
+
+
+def test_shapes_are_those_of_the_first_call(net):
+    work = classifier(net, torch.randn(13, 2, 8, 8))
+    assert input_shapes(net, work, ["conv", "fc"], work.example) == {"conv": (1, 2, 8, 8), "fc": (1, 6)}
+    net.idle = nn.Linear(2, 2)
+    assert input_shapes(net, work, ["idle"], work.example) == {}
 
 
 def test_cross_moments_and_means_pair_the_rows():
