@@ -91,7 +91,7 @@ void pack_codes(const PackedMatrix& m, const uint8_t* stored, uint8_t* packed) {
   const std::vector<Place> low = places(m), high = places(m, true);
   const int low_mask = m.bits == 3 ? 3 : 255;
   std::vector<uint8_t> codes(m.columns + 7);
-  std::memset(packed, 0, m.codes_bytes());
+  std::fill_n(packed, m.codes_bytes(), uint8_t{0});
   for (int64_t row = 0; row < m.rows; ++row) {
     read_row(m, stored + row * stored_row_bytes(m), codes.data());
     uint8_t* lane = packed + row / kBlockRows * m.block_bytes() + row % kBlockRows * 4;

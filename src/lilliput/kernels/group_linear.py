@@ -24,7 +24,7 @@ TINY = 1e-30  # activations below it count as zero beside the rounding
 
 
 def reference(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """x (M, K), codes q (N, K), scale and zero (N, K / group) -> y (M, N), float64 sums of the same rounded activations."""
+    """x (M, K), codes q (N, K), scale and zero (N, K / group) -> y (M, N): the same rounding, summed in float64."""
     shape = (scale.shape[1], q.shape[1] // max(1, scale.shape[1]))
     x = x.float().unflatten(1, shape)
     codes, steps = rounded(x)
@@ -46,11 +46,20 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.flatten(2)[..., :group], steps.flatten(2)[..., :group]
 
 
+def layout_sizes(rows: int, columns: int, group: int, bits: int) -> tuple[int, int]:
+    """Bytes of the codes and number of grid values of the executed layout."""
+    return _native.group_linear_sizes(rows, columns, group, bits)
+
+
 def pack(stored: Tensor, scale: Tensor, zero: Tensor | None, columns: int, bits: int) -> tuple[Tensor, Tensor]:
     """Stored codes (N, bytes) and grids (N, K / group) -> the executed layout (codes, grid), see group_linear.hpp.
 
     The grid is int16, the bits of bfloat16 values, so that casts of a model leave it alone.
     """
+    if stored.device.type != "cpu" or scale.device.type != "cpu":
+        raise UserError(f"the weights are on {stored.device}; the kernels run on the CPU, move the layer there")
+    if scale.ndim != 2:
+        raise UserError(f"the scale has the shape {tuple(scale.shape)}; it must be (rows, groups)")
     rows, groups = scale.shape
     group = columns // groups if groups else 1
     expected = (rows, columns if bits == 8 else -(-columns // 8) * bits)
@@ -58,7 +67,7 @@ def pack(stored: Tensor, scale: Tensor, zero: Tensor | None, columns: int, bits:
         raise UserError(f"codes are {stored.dtype} {tuple(stored.shape)}; {bits} bits need bytes {expected}")
     if (zero is None) != (bits == 8) or (zero is not None and zero.shape != scale.shape):
         raise UserError(f"{bits}-bit codes take {'no zero' if bits == 8 else 'a zero of the shape of the scale'}")
-    size, _ = _native.group_linear_sizes(rows, columns, group, bits)
+    size, _ = layout_sizes(rows, columns, group, bits)
     codes, stored = torch.empty(size, dtype=torch.uint8), stored.contiguous()
     _native.group_linear_pack(stored.data_ptr(), codes.data_ptr(), rows, columns, group, bits)
     grids = torch.stack([scale] if zero is None else [scale, zero], -1).bfloat16()
@@ -105,9 +114,11 @@ def _check_layout(codes: Tensor, grid: Tensor, rows: int, columns: int, group: i
         raise UserError(f"bits is {bits}; choose 8, 4, 3 or 2")
     if group < 1 or columns % group or rows < 0:
         raise UserError(f"group {group} does not divide {columns} inputs, or {rows} rows are too few")
+    if codes.device.type != "cpu" or grid.device.type != "cpu":
+        raise UserError(f"the layout is on {codes.device} and {grid.device}; the kernels run on the CPU")
     if codes.dtype != torch.uint8 or grid.dtype != torch.int16:
         raise UserError(f"codes are {codes.dtype} and the grid {grid.dtype}; the layout has uint8 and int16")
-    sizes = _native.group_linear_sizes(rows, columns, group, bits)
+    sizes = layout_sizes(rows, columns, group, bits)
     if (codes.numel(), grid.numel()) != sizes or not (codes.is_contiguous() and grid.is_contiguous()):
         found = f"{codes.numel()} bytes of codes and {grid.numel()} of grid"
         raise UserError(f"{found} are not the layout of {rows} x {columns} at {bits} bits; it has {sizes}")

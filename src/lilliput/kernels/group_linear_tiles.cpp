@@ -8,11 +8,10 @@ namespace {
 using namespace lilliput;
 
 constexpr int kVectors = kBlockRows / kWidth;                   // of a block
-constexpr int kMaxTokens = kWidth == 16 ? 4 : kWidth == 8 ? 2 : 1;  // whose sums the registers hold beside two blocks'
+constexpr int kMaxTokens = kWidth == 16 ? 5 : kWidth == 8 ? 2 : 1;  // whose sums the registers hold beside two blocks'
 constexpr int kMaxBlocks = kWidth == 16 ? 2 : 1;
 constexpr int kQuads = 8;  // of a piece
-constexpr int64_t kPanelTokens = 3 * kMaxTokens;  // from which on codes are spread out once for all tokens
-constexpr int64_t kPrefetchBytes = 4096;
+constexpr int64_t kPanelTokens = 32;  // from which on codes are spread out once for all tokens
 
 // --- activations -------------------------------------------------------------------------------------------------
 
@@ -27,7 +26,7 @@ inline auto reduce_piece(Lanes (&lanes)[kPieceVectors], Combine combine) {
   for (int half = kPieceVectors / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
   }
-  return reduce(lanes[0], combine);
+  return reduce<kWidth>(lanes[0], combine);
 }
 
 void round_piece(const float* inputs, Piece& piece) {

@@ -1,10 +1,9 @@
 // A vector of 32-bit lanes, one row of a matrix in each, as wide as the instruction set this file is compiled for.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -25,7 +24,6 @@ typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int8_t Bytes __attribute__((vector_size(kWidth)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 
 inline Words load_words(const void* from) {
   Words words;
@@ -34,9 +32,14 @@ inline Words load_words(const void* from) {
 }
 
 inline Floats load_bfloat16(const uint16_t* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+#if defined(__AVX512VNNI__)
+  const Words words = (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+  const Words words = (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+  const Words words = {from[0], from[1], from[2], from[3]};
+#endif
+  return (Floats)(words << 16);
 }
 
 inline Ints splat(int32_t value) { return value - Ints{}; }
@@ -56,15 +59,27 @@ inline Floats fused(Floats a, Floats b, Floats c) {
 
 inline Floats fused(Floats a, float b, Floats c) { return fused(a, b - Floats{}, c); }
 
-/// All lanes by `combine`, upper half with lower half again and again: the same order at every width.
-template <class Lanes, class Combine>
+template <class Lanes, size_t... I>
+inline auto upper_half(Lanes lanes, std::index_sequence<I...>) {
+  return __builtin_shufflevector(lanes, lanes, (I + sizeof...(I))...);
+}
+
+template <class Lanes, size_t... I>
+inline auto lower_half(Lanes lanes, std::index_sequence<I...>) {
+  return __builtin_shufflevector(lanes, lanes, I...);
+}
+
+/// All `Count` lanes by `combine`, upper half with lower half again and again: the same order at every width.
+template <int Count, class Lanes, class Combine>
 inline auto reduce(Lanes lanes, Combine combine) {
-  auto values = std::array<std::remove_reference_t<decltype(lanes[0])>, kWidth>();
-  std::memcpy(values.data(), &lanes, sizeof lanes);
-  for (int half = kWidth / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) values[i] = combine(values[i], values[i + half]);
+  if constexpr (Count == 1) {
+    return lanes;
+  } else if constexpr (Count == 2) {
+    return combine(lanes[0], lanes[1]);
+  } else {
+    const auto half = std::make_index_sequence<Count / 2>();
+    return reduce<Count / 2>(combine(lower_half(lanes, half), upper_half(lanes, half)), combine);
   }
-  return values[0];
 }
 
 /// sum + the products of four codes (unsigned bytes, first lowest) of each lane with four signed bytes.
