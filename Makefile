@@ -1,5 +1,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+BUILD := pyproject.toml $(wildcard src/lilliput/kernels/*.[ch]pp) src/lilliput/kernels/CMakeLists.txt
 
 .PHONY: demo test check clean
 demo: .venv/demo.stamp  ## fit a real language model into half its memory and time per token, under ten minutes
@@ -18,17 +19,17 @@ check: .venv/dev.stamp  ## format, lint, types
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-.venv/demo.stamp: .venv/bin/python pyproject.toml
+.venv/demo.stamp: .venv/bin/python $(BUILD)
 	$(BIN)/python -m pip install --quiet -e '.[zoo]'
 	$(BIN)/lilliput zoo fetch smollm2-135m
 	touch $@
 
-.venv/test.stamp: .venv/bin/python pyproject.toml
+.venv/test.stamp: .venv/bin/python $(BUILD)
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	$(BIN)/lilliput zoo fetch smollm2-135m fashion-mnist mobilenet-v2 digits
 	touch $@
 
-.venv/dev.stamp: .venv/bin/python pyproject.toml
+.venv/dev.stamp: .venv/bin/python $(BUILD)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 

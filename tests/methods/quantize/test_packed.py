@@ -41,12 +41,15 @@ def layer(outputs, inputs, bits, group, bias=False, seed=0):
 
 
 def check_product(packed, x):
-    """The product within what rounding x, the weights and the sum to bfloat16 explains; exact formats much closer."""
+    """The product within what rounding the activations explains: half a step of 1/127 of the largest near one."""
     w = packed.dequantized().double()
     expected, reach = x.double() @ w.T, x.double().abs() @ w.abs().T
     if packed.bias is not None:
         expected = expected + packed.bias.double()
-    allowed = (3 * BF16 if packed.fast else 1e-5) * (reach + expected.abs()) + 1e-6
+    groups = x.double().abs().reshape(-1, packed.columns // packed.group, packed.group)
+    half_steps = (groups.amax(-1, keepdim=True) / 254).expand_as(groups).flatten(1)
+    allowed = half_steps @ w.abs().T if x.numel() else torch.zeros(0, packed.rows)
+    allowed = allowed.view(expected.shape) + 1e-5 * (reach + expected.abs()) + 1e-6
     assert ((packed(x).double() - expected).abs() <= allowed).all()
 
 
@@ -98,12 +101,6 @@ def test_packed_weights_are_near_the_original(bits, group):
     assert ((packed.dequantized() - linear.weight).abs() <= step * (0.5 + 2**bits * BF16)).all()
 
 
-@pytest.mark.parametrize(("bits", "group", "fast"), [(8, 64, True), (4, 32, True), (3, 32, False), (8, 32, False)])
-def test_which_formats_run_on_a_packed_operator(bits, group, fast):
-    assert PackedLinear(64, 48, bits, group).fast == fast
-    assert not PackedLinear(64, 40, bits, group).fast
-
-
 def test_eight_bits_with_groups_run_too():
     check_product(layer(48, 64, 8, 32)[0], torch.randn(3, 64))
 
@@ -149,7 +146,7 @@ def test_rows_of_zeros_stay_zero(bits):
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 64), (4, 32), (4, 64), (3, 32), (2, 32)])
-@pytest.mark.parametrize("outputs", [16, 48, 80, 24])
+@pytest.mark.parametrize("outputs", [16, 48, 80])
 def test_a_forward_changes_neither_what_is_saved_nor_the_bytes_held(bits, group, outputs):
     packed, _ = layer(outputs, 64, bits, group, bias=True)
     before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}

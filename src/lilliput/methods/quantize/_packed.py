@@ -1,7 +1,7 @@
 """Linear layers and embeddings whose weights stay packed: 8, 4, 3 or 2 bits on disk and in memory.
 
-8 bits (one scale per row) and 4 bits (scale and zero per group) run on torch's packed CPU operators with bfloat16
-activations; 3 and 2 bits are dequantised for each product, so they are "size only".
+Products run on the kernel of `lilliput.kernels.group_linear`, which reads the weights packed and rounds activations to
+8 bits per token and 32 inputs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from lilliput.anatomy import anatomy
 from lilliput.edits import set_module
 from lilliput.errors import UserError
+from lilliput.kernels import group_linear as kernel
 from lilliput.methods.quantize._grid import dequantize
 
-INT4_GROUPS = (32, 64, 128, 256)  # what the packed 4-bit operator takes
-
-
-CHUNK_ROWS = 256  # rows converted at a time, so that the temporaries stay small; a multiple of the operator's blocks
+CHUNK_ROWS = 256  # rows converted at a time, so that the temporaries stay small
 
 
 def pack_codes(q: Tensor, bits: int) -> Tensor:
@@ -52,7 +50,7 @@ def _unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 class _Packed(nn.Module):
     """Packed codes with their grid; the buffers are the same whatever executes them."""
 
-    compute_dtype = "bf16"
+    compute_dtype = "int8"
     codes: Tensor
     scale: Tensor
     zero: Tensor
@@ -92,7 +90,9 @@ class _Packed(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name, in the form they have on disk."""
-        return {name: getattr(self, name) for name in ("codes", "scale", "zero") if hasattr(self, name)}
+        return {
+            name: getattr(self, name) for name in ("codes", "scale", "zero") if getattr(self, name, None) is not None
+        }
 
     @property
     def weight_bytes(self) -> int:
@@ -103,14 +103,15 @@ class _Packed(nn.Module):
 
 
 class PackedLinear(_Packed):
-    """y = x W^T + b with W (out_features, in_features) packed.
+    """y = x W^T + b with W (out_features, in_features) packed; the output has the type of the input.
 
-    At the first product 4-bit codes take the layout of torch's operator for this machine; what is saved is always the
-    portable layout above. Codes that are `shared` with an embedding stay as they are, beside that layout.
+    The first product moves the weights into the layout that the kernel executes: the buffers `codes`, `scale` and
+    `zero` are None from then on. What is saved, and what `tensors` gives, is always the portable layout above. Codes
+    that are `shared` with an embedding stay as they are, beside that layout. For torch.export, run the layer before.
     """
 
     bias: Tensor | None
-    _int4: Tensor | None
+    _codes: Tensor | None
     _grid: Tensor | None
 
     def __init__(
@@ -119,7 +120,7 @@ class PackedLinear(_Packed):
         super().__init__(out_features, in_features, bits, group)
         self.in_features, self.out_features, self.shared = in_features, out_features, shared
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self.register_buffer("_int4", None, persistent=False)  # codes and grid in the layout of this machine
+        self.register_buffer("_codes", None, persistent=False)  # in the executed layout
         self.register_buffer("_grid", None, persistent=False)
 
     @classmethod
@@ -147,23 +148,9 @@ class PackedLinear(_Packed):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}"
 
-    @property
-    def fast(self) -> bool:
-        """Whether a packed operator executes this format (else: size only).
-
-        torch's operators read past the end of shapes that are no multiple of 16.
-        """
-        if self.out_features % 16 or self.in_features % 16:
-            return False
-        if self.bits == 8:
-            return self.group == self.in_features
-        return self.bits == 4 and self.group in INT4_GROUPS
-
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)
-        if not self.fast:
-            y = F.linear(rows, self.dequantized().to(x.dtype))
-        elif rows.requires_grad and torch.is_grad_enabled():
+        if rows.requires_grad and torch.is_grad_enabled():
             y = _Differentiable.apply(rows, self)
         else:
             y = self.packed_product(rows)
@@ -172,33 +159,31 @@ class PackedLinear(_Packed):
         return y.view(*x.shape[:-1], self.out_features)
 
     def packed_product(self, rows: Tensor) -> Tensor:
-        """(M, in_features) -> (M, out_features) by torch's packed operator, without the bias."""
-        x = rows.bfloat16().contiguous()
-        if self.bits == 8:
-            return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale.view(-1)).to(rows.dtype)
-        if self._int4 is None:
-            self._lay_out_for_this_machine()
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._int4, self.group, self._grid).to(rows.dtype)
+        """(M, in_features) -> (M, out_features) by the kernel, without the bias."""
+        if not rows.is_floating_point():
+            raise UserError(f"the input of a packed layer is {rows.dtype}; give float32 or bfloat16")
+        if self._codes is None or self._grid is None:
+            self._lay_out_()
+        y = kernel.group_linear(rows.float(), self._codes, self._grid, self.out_features, self.group, self.bits)  # type: ignore[arg-type]
+        return y.to(rows.dtype)
 
-    def _lay_out_for_this_machine(self) -> None:
-        """Make what the operator reads; the buffers then show that memory, so that it is counted and copied once."""
-        chunks = [unpack_codes(rows, 4, self.in_features) for rows in self.codes.split(CHUNK_ROWS)]
-        self._int4 = torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1) for q in chunks])
-        self._grid = torch.stack([self.scale.T, self.zero.T], -1).contiguous()
+    def _lay_out_(self) -> None:
+        stored = super().tensors()
+        grids = stored["scale"], stored.get("zero")
+        self._codes, self._grid = kernel.pack(stored["codes"], *grids, self.in_features, self.bits)
         if not self.shared:
-            self.codes = self._int4
-            self.scale, self.zero = (t.T for t in self._grid.unbind(-1))
+            for name in stored:
+                setattr(self, name, None)
 
     def set_codes_(self, q: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-        self._int4 = self._grid = None
+        self._codes = self._grid = None
         super().set_codes_(q, scale, zero)
 
     def tensors(self) -> dict[str, Tensor]:
-        if self._int4 is None or self.shared:
+        if self._codes is None or self._grid is None or self.shared:
             return super().tensors()
-        chunks = self._int4.split(CHUNK_ROWS)
-        codes = torch.cat([pack_codes(_int4_codes(rows, len(rows), self.in_features), 4) for rows in chunks])
-        return {"codes": codes, "scale": self.scale.contiguous(), "zero": self.zero.contiguous()}
+        shape = (self.out_features, self.in_features, self.group, self.bits)
+        return dict(zip(("codes", "scale", "zero"), kernel.unpack(self._codes, self._grid, *shape)))
 
     def dequantized(self) -> Tensor:
         tensors = self.tensors()
@@ -211,12 +196,12 @@ class PackedLinear(_Packed):
     def _load_from_state_dict(self, *args):
         for name, tensor in self.tensors().items():
             setattr(self, name, tensor)
-        self._int4 = self._grid = None
+        self._codes = self._grid = None
         super()._load_from_state_dict(*args)
 
 
 class _Differentiable(torch.autograd.Function):
-    """The packed product with a gradient for its input, which torch's operators lack."""
+    """The packed product with the gradient of the dequantised one for its input."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, layer: PackedLinear) -> Tensor:  # type: ignore[override]
@@ -226,23 +211,6 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return slope @ ctx.layer.dequantized().to(slope.dtype), None
-
-
-def _int4_codes(packed: Tensor, rows: int, columns: int) -> Tensor:
-    """Codes (rows, columns) out of torch's 4-bit layout, whatever its order on this machine.
-
-    The layout permutes nibbles, so packing the digits of each weight's index shows where every weight went.
-    """
-    index = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
-    origin = torch.zeros(2, packed.numel(), dtype=torch.int64)
-    for shift in range(0, max(1, (rows * columns - 1).bit_length()), 4):
-        digit = torch.ops.aten._convert_weight_to_int4pack_for_cpu((index >> shift) & 15, 1).flatten().long()
-        origin += torch.stack([digit & 15, digit >> 4]) << shift
-    codes = torch.empty(rows * columns, dtype=torch.int32)
-    flat = packed.flatten()
-    codes[origin[0]] = (flat & 15).int()
-    codes[origin[1]] = (flat >> 4).int()
-    return codes.view(rows, columns)
 
 
 class PackedEmbedding(_Packed):

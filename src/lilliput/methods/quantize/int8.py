@@ -1,6 +1,7 @@
 """Per-channel 8-bit weights by rounding.   w_n ~ q_n s_n,  q in -127 .. 127, one s per output channel
 
-Runs on torch's packed operator with bfloat16 activations: faster and smaller where weights decide, as in decoding.
+Runs on our packed kernel with activations rounded to 8 bits: faster and smaller where weights decide, as in decoding.
+Measured: results/kernels.csv.
 """
 
 from __future__ import annotations

@@ -1,0 +1,22 @@
+"""The kernels, built without Python under AddressSanitizer and UBSan, on odd shapes."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "src" / "lilliput" / "kernels"
+
+
+@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("c++"), reason="needs cmake and a C++ compiler")
+def test_no_kernel_touches_memory_beside_its_buffers(tmp_path):
+    build = tmp_path / "build"
+    for command in (
+        ["cmake", "-S", KERNELS, "-B", build, "-DLILLIPUT_SANITIZE=ON"],
+        ["cmake", "--build", build, "--parallel", "2"],
+        [build / "check_kernels"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["right"]
