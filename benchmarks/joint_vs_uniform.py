@@ -33,7 +33,6 @@ from lilliput.runtimes import choose
 RIVALS = {"int8 everywhere": "int8", "int4 g32 everywhere": "int4 g32", "int4 g64 everywhere": "int4 g64"}
 PRUNED = {"-25.0% neurons everywhere": "-25.0% neurons"}
 RANKED = {"rank 75% everywhere": "rank 75%"}
-KEYS = ("token_ms", "memory_bytes")
 ROUNDS = 3  # of searching, building and learning until the budget is met
 NOISE = 0.02  # of a predicted cost: a rival's own settings must not seem to miss the budget made of them
 
@@ -52,7 +51,7 @@ def main() -> None:
     runtime = choose(workload.model, workload)
     threads = torch.get_num_threads()
     original = measure(workload, runtime=runtime, threads=threads, split=None)
-    space = build_space(workload, families, KEYS, original.values, threads, Device.here(), runtime, lambda text: None)
+    space = build_space(workload, families, original.values, threads, Device.here(), runtime, lambda text: None)
     light = dataclasses.replace(workload, calibration=workload.calibration[:2])
     bench = Bench(light, runtime, threads, Judge(workload), original.values, Device.here())
     test = workload.values(workload.model, "test")

@@ -430,7 +430,7 @@ def test_bytes_of_packed_layers_count_before_and_after_their_use(tiny_llama, lla
 
 def test_milliseconds_of_the_parts_add_up(llama_work):
     device = Device.load("raspberry-pi-4")
-    space = decoder_space(llama_work, ("quantize", "prune"), ["token_ms"], 0.5, 1e6, 1, device)
+    space = decoder_space(llama_work, ("quantize", "prune"), 0.5, 1e6, 1, device)
     none = (0,) * len(space.units)
     factors = {"overhead": 2.0, "int8": 0.5, "int4 g32": 1.5}
     predictor = Predictor(space, {"token_ms": factors})

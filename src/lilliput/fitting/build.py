@@ -22,6 +22,7 @@ from lilliput.metrics.memory import weight_bytes
 from lilliput.metrics.size import state_bytes
 from lilliput.plan import Plan
 from lilliput.runtimes import Runtime
+from lilliput.training import all_cores
 from lilliput.workload import Workload
 
 
@@ -92,7 +93,8 @@ class Bench:
     ) -> dict[str, Any]:
         """Build, measure and score one plan; everything a record keeps of it."""
         plan = recovering(plan, steps=self.heal_steps) or plan if self.heal_steps else plan
-        model = plan.apply(self.workload)
+        with all_cores():
+            model = plan.apply(self.workload)
         measured = self.quantities(model, space, genome)
         subject = model
         if self.workload.kind != "causal_lm":

@@ -37,7 +37,6 @@ FORMATS: dict[str, Method | None] = {
     "int3 g32": Group(bits=3, group=32),
     "int2 g32": Group(bits=2, group=32),
 }
-SLOW = ("int3 g32", "int2 g32")  # size only: left out when the budget asks for time
 NEURONS = (0.0, 0.125, 0.25, 0.375, 0.5)
 RANKS = (1.0, 0.75, 0.5)
 KEEP, DROP = "keep", "drop"
@@ -180,23 +179,16 @@ def format_bytes(label: str, shape: tuple[int, int]) -> int:
 def decoder_space(
     workload: Workload,
     families: Sequence[str],
-    budgeted: Sequence[str],
     token_ms: float,
     memory_bytes: float,
     threads: int,
     device: Device,
     progress: Callable[[str], None] = lambda text: None,
 ) -> DecoderSpace:
-    """Units, damages and costs of a decoder whose original needs `token_ms` and `memory_bytes`.
-
-    `families` limits what may be used; formats that only save size are offered when no time is budgeted.
-    """
+    """Units, damages and costs of a decoder whose original needs `token_ms` and `memory_bytes`."""
     model = workload.model
     parts = anatomy(model)
-    timed = any(k in budgeted for k in ("token_ms", "first_token_ms", "latency_ms"))
-    formats = (
-        {k: m for k, m in FORMATS.items() if not (timed and k in SLOW)} if "quantize" in families else {FLOAT: None}
-    )
+    formats = FORMATS if "quantize" in families else {FLOAT: None}
     space = DecoderSpace(
         [],
         rivals={f"{x} everywhere": {"*": x} for x in UNIFORM},
@@ -248,7 +240,7 @@ def _add_head(space: DecoderSpace, model: nn.Module, parts: Anatomy, formats: di
     if parts.head is None:
         return
     linear = model.get_submodule(parts.head)
-    options = tuple(Option(label, method) for label, method in formats.items() if label not in SLOW)
+    options = tuple(Option(label, method) for label, method in formats.items())
     space.units.append(Unit(parts.head, (parts.head,), options, None, "head"))
     shape = (int(linear.out_features), int(linear.in_features))  # type: ignore[arg-type]
     space.layers.append(_Layer(shape, len(space.units) - 1))

@@ -122,7 +122,6 @@ class FeedforwardSpace(Space):
 def feedforward_space(
     workload: Workload,
     families: Sequence[str],
-    budgeted: Sequence[str],
     original: Mapping[str, float],
     threads: int,
     device: Device,

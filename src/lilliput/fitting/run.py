@@ -32,6 +32,7 @@ from lilliput.fitting.spaces import build_space, rivals
 from lilliput.fitting.verify import prove, verify
 from lilliput.measuring import Measured, measure, model_times, pick_runtime
 from lilliput.plan import Plan
+from lilliput.training import all_cores
 from lilliput.workload import Workload
 
 DEFAULT_BUDGET = "memory<=50%, time_per_token<=50%"
@@ -134,7 +135,6 @@ class _Job:
         self.space: Space = build_space(
             self.workload,
             self.options.families,
-            list(self.budget.limits),
             self.original.values,
             self.threads,
             self.device,
@@ -240,7 +240,8 @@ class _Job:
         """Step 6: distil the best for the time that is left; keep it only when the validation says it is better."""
         plan = Plan.from_yaml(best["plan"])
         self.progress.step("recovering by distillation")
-        tried = recover(self.workload, plan, self._left() * 0.8) if self.options.recover else None
+        with all_cores():
+            tried = recover(self.workload, plan, self._left() * 0.8) if self.options.recover else None
         if tried is not None:
             subject = tried[1]
             if self.workload.kind != "causal_lm":
@@ -249,7 +250,8 @@ class _Job:
                 self._timed("recover")
                 return tried
         self._timed("recover")
-        return plan, plan.apply(self.workload)
+        with all_cores():
+            return plan, plan.apply(self.workload)
 
     def hand_over(self) -> Fitted:
         """Steps 7 and 8: prove the best candidate in a fresh process, verify on untouched data, save, report.

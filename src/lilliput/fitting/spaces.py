@@ -15,7 +15,6 @@ from lilliput.workload import Workload
 def build_space(
     workload: Workload,
     families: Sequence[str],
-    budgeted: Sequence[str],
     original: Mapping[str, float],
     threads: int,
     device: Device,
@@ -28,12 +27,12 @@ def build_space(
         from lilliput.fitting.decoder_space import decoder_space
 
         return decoder_space(
-            workload, families, budgeted, original["token_ms"], original["memory_bytes"], threads, device, progress
+            workload, families, original["token_ms"], original["memory_bytes"], threads, device, progress
         )
     if workload.kind != "causal_lm":
         from lilliput.fitting.feedforward_space import feedforward_space
 
-        return feedforward_space(workload, families, budgeted, original, threads, device, runtime, progress)
+        return feedforward_space(workload, families, original, threads, device, runtime, progress)
     raise UserError(
         f"fit has no search space for a {type(workload.model).__name__} as {workload.kind}; single methods still "
         "apply: see `lilliput methods` and lilliput.methods.<family>.<Method>().apply(model, workload)"
