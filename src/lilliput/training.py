@@ -48,17 +48,6 @@ def constant(done: float) -> float:
     return 1.0
 
 
-@contextmanager
-def all_cores() -> Iterator[None]:
-    """Within the block torch uses every core this process may, whatever number of threads a measurement has set."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass
 class History:
     """What a run did: the loss of every step (before its update), and how it ended."""

@@ -14,7 +14,7 @@ from torch import nn
 from lilliput.artifact import save
 from lilliput.device import Device
 from lilliput.fitting.judge import Judge
-from lilliput.fitting.recover import recovering
+from lilliput.fitting.recover import all_cores, recovering
 from lilliput.fitting.space import Genome, Space
 from lilliput.measuring import Measured, compare_speed, fresh_process_memory, measure_speed, modelled_energy
 from lilliput.metrics.latency import Comparison
@@ -22,7 +22,6 @@ from lilliput.metrics.memory import weight_bytes
 from lilliput.metrics.size import state_bytes
 from lilliput.plan import Plan
 from lilliput.runtimes import Runtime
-from lilliput.training import all_cores
 from lilliput.workload import Workload
 
 

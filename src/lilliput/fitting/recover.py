@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from lilliput.method import STAGES
@@ -43,3 +47,14 @@ def _seconds(plan: Plan, workload: Workload) -> float:
     start = time.monotonic()
     plan.apply(workload)
     return time.monotonic() - start
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Within the block torch uses every core this process may, whatever number of threads a measurement has set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -23,7 +23,7 @@ from lilliput.fitting.layers import bytes_by_part
 from lilliput.fitting.predict import Predictor, Sample, left_out, rank_correlation
 from lilliput.fitting.progress import Progress
 from lilliput.fitting.record import Run, fresh_folder, summary
-from lilliput.fitting.recover import recover
+from lilliput.fitting.recover import all_cores, recover
 from lilliput.fitting.report.page import write_report
 from lilliput.fitting.request import Options, read_options, remembered
 from lilliput.fitting.search import lagrangian_seeds, search
@@ -32,7 +32,6 @@ from lilliput.fitting.spaces import build_space, rivals
 from lilliput.fitting.verify import prove, verify
 from lilliput.measuring import Measured, measure, model_times, pick_runtime
 from lilliput.plan import Plan
-from lilliput.training import all_cores
 from lilliput.workload import Workload
 
 DEFAULT_BUDGET = "memory<=50%, time_per_token<=50%"
