@@ -30,6 +30,7 @@ FORMATS = ((8, None), (4, 32), (4, 64), (3, 64), (2, 64))  # bits, group (None: 
 TOKENS = (1, 256)
 BEYOND = 2  # times the last-level cache
 COLUMNS_BEYOND = 2048
+MOST_PRODUCTS = 3e8  # of a case, so that the table takes a minute
 ROUNDS = 9
 SAMPLE_SECONDS = 1e-3
 
@@ -108,8 +109,10 @@ def main() -> None:
     beyond_bytes = BEYOND * max(device.caches_bytes.values())
     for bits, group in FORMATS:
         beyond = (beyond_bytes * 8 // (bits * COLUMNS_BEYOND) // 16 * 16, COLUMNS_BEYOND)
-        cases = [(shape, tokens) for shape in SHAPES for tokens in arguments.tokens] + [(beyond, 1)]
-        for (rows, columns), tokens in cases:
+        cases = [(*shape, tokens) for shape in SHAPES for tokens in arguments.tokens] + [(*beyond, 1)]
+        for rows, columns, tokens in cases:
+            if rows * columns * tokens > MOST_PRODUCTS:
+                continue
             for threads in sorted({1, device.cores}):
                 row = measure(device, rows, columns, bits, group or columns, tokens, threads)
                 print(*(f"{key}={value}" for key, value in row.items()), flush=True)
