@@ -2,7 +2,10 @@
 
     python benchmarks/kernels.py        # writes results/kernels.csv, about a minute
 
-All that is compared on a matrix is timed in turn (ABAB); a time is the median over rounds with the interquartile range.
+All that is compared on a matrix is timed in turn (ABAB), each after a call that brings its weights back into the
+caches; a time is the median over rounds with the interquartile range. `kernel` is our C++ alone, `ours` with the torch
+operator around it. OpenMP's threads sleep when they wait (OMP_WAIT_POLICY), or they would take a core from what runs
+next.
 The limit is the bytes of the weights at the bandwidth of the cache level that holds them, or the operations at the
 peak of torch's int8 product, whichever is slower; both were measured on this machine by `lilliput.device`.
 """
@@ -10,11 +13,14 @@ peak of torch's int8 product, whichever is slower; both were measured on this ma
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads OpenMP
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +29,7 @@ from tables import write_rows
 from lilliput import kernels
 from lilliput._probe import torch_threads
 from lilliput.device import Device
+from lilliput.kernels import _native
 from lilliput.kernels import group_linear as kernel
 
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (49152, 576))  # of SmolLM2-135M
@@ -30,6 +37,7 @@ FORMATS = ((8, None), (4, 32), (4, 64), (3, 64), (2, 64))  # bits, group (None: 
 TOKENS = (1, 256)
 BEYOND = 2  # times the last-level cache
 COLUMNS_BEYOND = 2048
+MOST_PRODUCTS = 3e8  # of a case, so that the table takes a minute
 ROUNDS = 9
 SAMPLE_SECONDS = 1e-3
 
@@ -41,7 +49,7 @@ def contenders(rows: int, columns: int, bits: int, group: int, tokens: int) -> d
     x = torch.randn(tokens, columns)
     half, w = x.bfloat16(), torch.ones(rows, columns)
     half_w = w.bfloat16()
-    runs: dict[str, Run] = {"ours": ours(x, rows, bits, group)}
+    runs = ours(x, rows, bits, group)
     runs["torch_fp32"] = lambda: F.linear(x, w)
     runs["torch_bf16"] = lambda: F.linear(half, half_w)
     if bits == 8:
@@ -54,14 +62,21 @@ def contenders(rows: int, columns: int, bits: int, group: int, tokens: int) -> d
     return runs
 
 
-def ours(x: torch.Tensor, rows: int, bits: int, group: int) -> Run:
+def ours(x: torch.Tensor, rows: int, bits: int, group: int) -> dict[str, Run]:
     sizes = kernel.layout_sizes(rows, x.shape[1], group, bits)
     codes = torch.randint(0, 256, (sizes[0],), dtype=torch.uint8)
     grid = torch.full((sizes[1],), 1.0, dtype=torch.bfloat16).view(torch.int16)
-    return lambda: kernel.group_linear(x, codes, grid, rows, group, bits)
+    y, threads = torch.empty(len(x), rows), torch.get_num_threads()
+    pointers = [tensor.data_ptr() for tensor in (x, codes, grid, y)]
+    arguments = (*pointers, len(x), rows, x.shape[1], group, bits, threads)
+    return {
+        "kernel": lambda keep=y: _native.group_linear(*arguments),
+        "ours": lambda: kernel.group_linear(x, codes, grid, rows, group, bits),
+    }
 
 
 def sample(run: Run, calls: int) -> float:
+    run()
     start = time.perf_counter()
     for _ in range(calls):
         run()
@@ -72,7 +87,6 @@ def in_turn(runs: dict[str, Run]) -> dict[str, list[float]]:
     """Microseconds of a call, a value for each round."""
     calls = {}
     for name, run in runs.items():
-        run()
         calls[name] = max(1, int(SAMPLE_SECONDS * 1e6 / sample(run, 3)))
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
@@ -90,11 +104,11 @@ def measure(device: Device, rows: int, columns: int, bits: int, group: int, toke
     limit_us = 1e3 * device.roofline_ms(size, 2 * rows * columns * tokens, "int8", threads)
     row: dict[str, Any] = {"kernel": "group_linear", "rows": rows, "columns": columns, "bits": bits, "group": group}
     row |= {"tokens": tokens, "threads": threads, "weight_bytes": size, "level": device.level(size)}
-    for name in ("ours", "torch_fp32", "torch_bf16", "torch_packed"):
+    for name in ("kernel", "ours", "torch_fp32", "torch_bf16", "torch_packed"):
         low, _, high = quantiles(found[name], n=4) if name in found else (0, 0, 0)
         row[f"{name}_us"] = f"{median(found[name]):.2f}" if name in found else ""
         row[f"{name}_iqr_us"] = f"{high - low:.2f}" if name in found else ""
-    middle = median(found["ours"])
+    middle = median(found["kernel"])
     row |= {"gbps": f"{size / middle / 1e3:.1f}", "limit_us": f"{limit_us:.2f}", "share": f"{limit_us / middle:.2f}"}
     return row
 
@@ -108,8 +122,10 @@ def main() -> None:
     beyond_bytes = BEYOND * max(device.caches_bytes.values())
     for bits, group in FORMATS:
         beyond = (beyond_bytes * 8 // (bits * COLUMNS_BEYOND) // 16 * 16, COLUMNS_BEYOND)
-        cases = [(shape, tokens) for shape in SHAPES for tokens in arguments.tokens] + [(beyond, 1)]
-        for (rows, columns), tokens in cases:
+        cases = [(*shape, tokens) for shape in SHAPES for tokens in arguments.tokens] + [(*beyond, 1)]
+        for rows, columns, tokens in cases:
+            if rows * columns * tokens > MOST_PRODUCTS:
+                continue
             for threads in sorted({1, device.cores}):
                 row = measure(device, rows, columns, bits, group or columns, tokens, threads)
                 print(*(f"{key}={value}" for key, value in row.items()), flush=True)
