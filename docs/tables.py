@@ -3,8 +3,8 @@
     python docs/tables.py            # write what is out of date
     python docs/tables.py --check    # exit code 1 when something is out of date
 
-`docs/methods.md` and `docs/papers.md` are generated whole. In other pages the text between `<!-- name -->` and
-`<!-- /name -->` is. A figure that was not recorded is called "not recorded": none is made up.
+`docs/methods.md`, `docs/papers.md` and `docs/results.md` are generated whole. In other pages the text between
+`<!-- name -->` and `<!-- /name -->` is. A figure that was not recorded is called "not recorded": none is made up.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTICE = "<!-- Written by docs/tables.py. Do not edit. -->"
 NOT_RECORDED = "not recorded"
 DIGITS = 4  # shown of a figure
+LONGEST = 30  # rows of a table in the README
 
 
 def pages() -> dict[Path, str]:
     """Every file with generated text -> what it should hold."""
-    found = {ROOT / "docs" / "methods.md": methods_page(), ROOT / "docs" / "papers.md": papers_page()}
+    made = {"methods": methods_page, "papers": papers_page, "results": results_page}
+    found = {ROOT / "docs" / f"{name}.md": page() for name, page in made.items()}
     for path in (ROOT / "README.md", ROOT / "docs" / "budgets_and_devices.md"):
         found[path] = filled(path.read_text(encoding="utf-8"))
     return found
@@ -180,13 +182,18 @@ def _with_spread(row: dict[str, Any], key: str) -> str:
 # --- results ---------------------------------------------------------------------------------------------------
 
 
-def results_part() -> str:
-    """For every benchmark: what it asks, and the rows of its CSV files or that there are none."""
+def results_page() -> str:
+    """Every row of every benchmark."""
+    return f"{NOTICE}\n\n# Results\n\n{results_part(10**9)}\n"
+
+
+def results_part(longest: int = LONGEST) -> str:
+    """For every benchmark: what it asks, and its CSV files as tables, those of at most `longest` rows."""
     parts = []
     for script in benchmark_scripts():
         docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or script.stem
         parts.append(f"{docstring.splitlines()[0]} Written by `python benchmarks/{script.name}`.")
-        found = [f"`results/{path.name}`\n\n{results_table(path)}" for path in result_files(script)]
+        found = [f"`results/{path.name}`\n\n{results_table(path, longest)}" for path in result_files(script)]
         parts += found or [f"Results: {NOT_RECORDED}."]
     return "\n\n".join(parts)
 
@@ -209,13 +216,15 @@ def missing_results() -> list[str]:
     return missing + ([] if paper_evidence() else ["results/papers.json"])
 
 
-def results_table(path: Path) -> str:
-    """A CSV as a table: medians over seeds, and what is equal in all rows below it."""
+def results_table(path: Path, longest: int = LONGEST) -> str:
+    """A CSV as a table: medians over seeds, and what is equal in all rows below it; a link when it is too long."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         return f"Results: {NOT_RECORDED}."
     rows, notes = over_seeds(rows)
+    if len(rows) > longest:
+        return f"{len(rows)} rows, see [all results](docs/results.md)."
     common = {k: v for k, v in rows[0].items() if len(rows) > 1 and all(row[k] == v for row in rows) and v}
     empty = {k for k in rows[0] if not any(row[k] for row in rows)}
     columns = [k for k in rows[0] if k not in common and k not in empty]
