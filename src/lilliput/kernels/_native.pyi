@@ -7,3 +7,30 @@ def group_linear_unpack(packed: int, stored: int, rows: int, columns: int, group
 def group_linear(
     x: int, codes: int, grid: int, y: int, tokens: int, rows: int, columns: int, group: int, bits: int, threads: int
 ) -> None: ...
+
+class Decoder:
+    def __init__(
+        self, width: int, activation: str, norm: tuple[int, float, float], head: tuple[list[tuple], int]
+    ) -> None: ...
+    def add_block(
+        self,
+        norms: list[tuple[int, float, float]],
+        linears: list[tuple[list[tuple], int]],
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scaling: float,
+        window: int,
+        rotary: int,
+    ) -> None: ...
+    def run(
+        self,
+        places: int,
+        tokens: int,
+        hidden: int,
+        caches: list[tuple[int, int]],
+        rotaries: list[tuple[int, int]],
+        logits: int,
+        first_logits: int,
+        threads: int,
+    ) -> None: ...

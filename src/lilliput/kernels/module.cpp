@@ -5,6 +5,7 @@
 
 #include "group_linear.hpp"
 #include "isa.hpp"
+#include "module.hpp"
 
 namespace nb = nanobind;
 using namespace lilliput;
@@ -59,4 +60,5 @@ NB_MODULE(_native, m) {
         group_linear(matrix(codes, grid, rows, columns, group, bits), at<const float>(x), tokens, at<float>(y), threads);
       },
       free_gil);
+  bind_decoder(m);
 }

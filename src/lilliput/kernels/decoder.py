@@ -1,0 +1,239 @@
+"""Decoder-only language models token by token: all blocks and the head for some new tokens in one native call.
+
+    h = h + norm?(W_o attention(rotary(norm?(W_q n)), rotary(norm?(W_k n)), W_v n)),     n = norm(h)
+    h = h + norm?(W_down (activation(W_gate m) * W_up m)),                              m = norm(h)
+
+`Decoder` is the native one, `Reference` the same in plain torch, which runs whatever modules stand at the projections.
+Both borrow the model's weights: change those in place and the next token uses them; put another module in the place of
+a layer and a new decoder is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lilliput.errors import UserError
+from lilliput.kernels import _native
+from lilliput.kernels.decoder_parts import Block, Norm, Parts, parts_of, refusals
+
+FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of dense weights
+LONGEST_CHAIN = 2  # factors of a layer
+Factor = tuple[str, int, int, int, int, int, int]  # format, addresses of weights and grid, rows, columns, group, bits
+
+
+class Cache:
+    """Keys and values of one sequence: in each block (kv_heads, length, head_dim), float32; `filled` of them are used."""
+
+    def __init__(self, blocks: Sequence[Block], length: int):
+        shapes = [(b.kv_heads, length, b.head_dim) for b in blocks]
+        self.length, self.filled = length, 0
+        self.keys = [torch.zeros(shape) for shape in shapes]
+        self.values = [torch.zeros(shape) for shape in shapes]
+        self.table = torch.tensor([[k.data_ptr(), v.data_ptr()] for k, v in zip(self.keys, self.values)])
+
+    def need_room(self, tokens: int) -> None:
+        """Raises UserError when `tokens` more do not fit."""
+        if self.filled + tokens > self.length:
+            needed = self.filled + tokens
+            raise UserError(f"{needed} tokens do not fit the cache of {self.length}; prepare with max_length={needed}")
+
+
+class _AnyDecoder:
+    """What both have in common: the parts of the model, caches, checks."""
+
+    def __init__(self, model: nn.Module):
+        if reasons := refusals(model):
+            raise UserError(f"no decoder runs this model: {'; '.join(reasons)}")
+        self.parts = parts_of(model)
+        self._tables: dict[str, tuple[Tensor, Tensor]] = {}
+        self._reach = 0  # positions in the tables
+
+    def cache(self, length: int) -> Cache:
+        """An empty cache for `length` tokens."""
+        if length < 1:
+            raise UserError(f"the length of a cache is {length}; give at least 1")
+        if length > self._reach:
+            self._tables, self._reach = self.parts.rotary_tables(length), length
+        return Cache(self.parts.blocks, length)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, cache: Cache, every: bool = False) -> Tensor:
+        """Logits (1, V) after the tokens `ids` (T,) that follow those in the cache; of `every` token (T, V)."""
+        hidden = self._hidden(ids)
+        cache.need_room(len(ids))
+        places = torch.stack([torch.zeros_like(ids), torch.arange(cache.filled, cache.filled + len(ids))], 1)
+        logits = self._run(hidden, [cache], places, 0 if every else len(ids) - 1)
+        cache.filled += len(ids)
+        return logits
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, caches: Sequence[Cache]) -> Tensor:
+        """Logits (R, V) after one more token `ids` (R,) of each sequence."""
+        if ids.shape != (len(caches),):
+            raise UserError(f"there are {len(caches)} caches for tokens of the shape {tuple(ids.shape)}; one each")
+        hidden = self._hidden(ids)
+        for cache in caches:
+            cache.need_room(1)
+        places = torch.tensor([[i, cache.filled] for i, cache in enumerate(caches)])
+        logits = self._run(hidden, caches, places, 0)
+        for cache in caches:
+            cache.filled += 1
+        return logits
+
+    def _hidden(self, ids: Tensor) -> Tensor:
+        if ids.ndim != 1 or not len(ids) or ids.dtype != torch.int64:
+            raise UserError(f"tokens are {ids.dtype} {tuple(ids.shape)}; give at least one in a row, as int64")
+        try:
+            return self.parts.embedding(ids).float().contiguous()
+        except IndexError:
+            raise UserError(f"a token of {int(ids.min())} .. {int(ids.max())} is not in the vocabulary") from None
+
+    def _run(self, hidden: Tensor, caches: Sequence[Cache], places: Tensor, first_logits: int) -> Tensor:
+        """Logits of the tokens from `first_logits` on; places (T, 2) are the sequence and the position of each."""
+        raise NotImplementedError
+
+
+class Reference(_AnyDecoder):
+    """The decoder in plain torch."""
+
+    def _run(self, hidden: Tensor, caches: Sequence[Cache], places: Tensor, first_logits: int) -> Tensor:
+        rows = [self._forward(hidden[places[:, 0] == i], cache) for i, cache in enumerate(caches)]
+        return self.parts.head(_rms_norm(torch.cat(rows)[first_logits:], self.parts.norm))
+
+    def _forward(self, hidden: Tensor, cache: Cache) -> Tensor:
+        """Hidden states (T, d) of one sequence after all blocks."""
+        for i, b in enumerate(self.parts.blocks):
+            attended = b.o(self._attend(b, _rms_norm(hidden, b.attention_norm), cache.keys[i], cache.values[i], cache))
+            hidden = hidden + _rms_norm(attended, b.after_attention_norm)
+            x = _rms_norm(hidden, b.mlp_norm)
+            gate = F.silu(b.gate(x)) if self.parts.activation == "silu" else F.gelu(b.gate(x), approximate="tanh")
+            hidden = hidden + _rms_norm(b.down(gate * b.up(x)), b.after_mlp_norm)
+        return hidden
+
+    def _attend(self, b: Block, x: Tensor, keys: Tensor, values: Tensor, cache: Cache) -> Tensor:
+        start, length = cache.filled, len(x)
+        end = start + length
+        cos, sin = (table[start:end].unsqueeze(1) for table in self._tables[b.positions])
+        q, k, v = (layer(x).view(length, -1, b.head_dim) for layer in (b.q, b.k, b.v))
+        q = _rotate(_rms_norm(q, b.query_norm), cos, sin).transpose(0, 1)
+        keys[:, start:end] = _rotate(_rms_norm(k, b.key_norm), cos, sin).transpose(0, 1)
+        values[:, start:end] = v.transpose(0, 1)
+        ages = torch.arange(start, end).unsqueeze(1) - torch.arange(end)
+        seen = (ages >= 0) & (ages < b.window)
+        batch = (q.unsqueeze(0), keys[:, :end].unsqueeze(0), values[:, :end].unsqueeze(0))
+        out = F.scaled_dot_product_attention(*batch, attn_mask=seen, scale=b.scaling, enable_gqa=True)
+        return out[0].transpose(0, 1).reshape(length, -1)
+
+
+def _rms_norm(x: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return x
+    weight = norm.weight + norm.offset if norm.offset else norm.weight
+    return F.rms_norm(x, (x.shape[-1],), weight, norm.epsilon)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position on (T, heads, head_dim): x cos + (-second half, first half) sin."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Decoder(_AnyDecoder):
+    """The native decoder; `torch.get_num_threads()` threads. Raises UserError for layers that have no native product."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        if layers := foreign_layers(self.parts):
+            raise UserError(f"the native decoder has no product for {layers[0]}; use Reference")
+        self._kept: list[Tensor] = []  # memory that the native side reads
+        parts, self._kinds = self.parts, self.parts.positions()
+        self._native = _native.Decoder(
+            len(parts.norm.weight), parts.activation, self._norm_row(parts.norm), self._linear_row(parts.head)
+        )
+        for block in parts.blocks:
+            self._add(block)
+        self._vocabulary = self._linear_row(parts.head)[0][-1][3]
+
+    def _add(self, b: Block) -> None:
+        before = (b.attention_norm, b.query_norm, b.key_norm, b.after_attention_norm, b.mlp_norm, b.after_mlp_norm)
+        norms = [self._norm_row(norm) for norm in before]
+        linears = [self._linear_row(layer) for layer in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down)]
+        kind = self._kinds.index(b.positions)
+        self._native.add_block(norms, linears, b.heads, b.kv_heads, b.head_dim, b.scaling, b.window, kind)
+
+    def _norm_row(self, norm: Norm | None) -> tuple[int, float, float]:
+        return (0, 0.0, 0.0) if norm is None else (self._address(norm.weight), norm.epsilon, norm.offset)
+
+    def _linear_row(self, layer: nn.Module) -> tuple[list[Factor], int]:
+        chain = _chain(layer)
+        bias = getattr(chain[-1], "bias", None)
+        return [self._factor(part) for part in chain], 0 if bias is None else self._address(bias)
+
+    def _factor(self, layer: Any) -> Factor:
+        if hasattr(layer, "layout"):
+            codes, grid = layer.layout()
+            return "packed", self._address(codes), self._address(grid), *_packed_shape(layer)
+        rows, columns = layer.weight.shape
+        return FORMATS[layer.weight.dtype], self._address(layer.weight), 0, rows, columns, columns, 0
+
+    def _address(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _run(self, hidden: Tensor, caches: Sequence[Cache], places: Tensor, first_logits: int) -> Tensor:
+        logits = torch.empty(len(hidden) - first_logits, self._vocabulary)
+        tables = [self._tables[kind] for kind in self._kinds]
+        self._native.run(
+            places.data_ptr(),
+            len(hidden),
+            hidden.data_ptr(),
+            [(cache.table.data_ptr(), cache.length) for cache in caches],
+            [(cos.data_ptr(), sin.data_ptr()) for cos, sin in tables],
+            logits.data_ptr(),
+            first_logits,
+            torch.get_num_threads(),
+        )
+        return logits
+
+
+def foreign_layers(parts: Parts) -> list[str]:
+    """What the native decoder has no product for; empty when it runs the model."""
+    blocks = [(i, name) for i in range(len(parts.blocks)) for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    layers = {f"{name} of block {i}": getattr(parts.blocks[i], name) for i, name in blocks} | {"the head": parts.head}
+    return [f"{name}: {why}" for name, layer in layers.items() if (why := _foreign(layer))]
+
+
+def _foreign(layer: nn.Module) -> str:
+    """Why there is no native product for a layer, '' when there is one."""
+    chain = _chain(layer)
+    if len(chain) > LONGEST_CHAIN or any(getattr(part, "bias", None) is not None for part in chain[:-1]):
+        return f"{len(chain)} factors, or a bias between them"
+    for part in chain:
+        if hasattr(part, "layout"):
+            continue
+        if type(part) is not nn.Linear:
+            return f"a {type(part).__name__}"
+        if part.weight.dtype not in FORMATS or not part.weight.is_contiguous() or part.weight.device.type != "cpu":
+            return f"weights are {part.weight.dtype} on {part.weight.device}, or not contiguous"
+    bias = getattr(chain[-1], "bias", None)
+    return "" if bias is None or bias.dtype == torch.float32 else f"a bias of {bias.dtype}"
+
+
+def _chain(layer: Any) -> list[Any]:
+    return list(layer) if isinstance(layer, nn.Sequential) else [layer]
+
+
+def _packed_shape(layer: Any) -> tuple[int, int, int, int]:
+    return layer.rows, layer.columns, layer.group, layer.bits
+
+
+def decoder_for(model: nn.Module) -> Decoder | Reference:
+    """The native decoder where it has a product for every layer, else the plain one. Raises UserError."""
+    if reasons := refusals(model):
+        raise UserError(f"lean cannot take this model: {'; '.join(reasons)}")
+    return Reference(model) if foreign_layers(parts_of(model)) else Decoder(model)

@@ -1,0 +1,88 @@
+// The decoder as Python sees it: addresses and sizes; decoder.py checks them and keeps the memory alive.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "decoder.hpp"
+#include "module.hpp"
+
+namespace nb = nanobind;
+
+namespace lilliput {
+namespace {
+
+// A factor is (format, address of weights or codes, address of the grid, rows, columns, group, bits).
+using FactorRow = std::tuple<std::string, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int>;
+using LinearRow = std::tuple<std::vector<FactorRow>, uintptr_t>;  // factors, first one first; address of the bias
+using NormRow = std::tuple<uintptr_t, float, float>;              // address of the weight, epsilon, offset
+using Addresses = std::vector<std::tuple<uintptr_t, uintptr_t>>;
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Matrix matrix(const FactorRow& row) {
+  const auto& [format, weights, grid, rows, columns, group, bits] = row;
+  if (format == "packed") {
+    return PackedMatrix{at<const uint8_t>(weights), at<const uint16_t>(grid), rows, columns, group, bits};
+  }
+  if (format != "float32" && format != "bfloat16") throw std::invalid_argument("unknown format of weights: " + format);
+  return DenseMatrix{at<const void>(weights), rows, columns, format == "bfloat16"};
+}
+
+Linear linear(const LinearRow& row) {
+  Linear made{{}, at<const float>(std::get<1>(row))};
+  for (const FactorRow& factor : std::get<0>(row)) made.factors.push_back(matrix(factor));
+  return made;
+}
+
+Norm norm(const NormRow& row) { return {at<const float>(std::get<0>(row)), std::get<1>(row), std::get<2>(row)}; }
+
+Activation activation(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  throw std::invalid_argument("unknown activation: " + name);
+}
+
+/// Norms: of the attention, the queries, the keys, after the attention, of the MLP, after it. Linears: q, k, v, o, gate,
+/// up, down.
+void add_block(Decoder& decoder, const std::vector<NormRow>& n, const std::vector<LinearRow>& l, int64_t heads,
+               int64_t kv_heads, int64_t head_dim, float scaling, int64_t window, int rotary) {
+  if (n.size() != 6 || l.size() != 7) throw std::invalid_argument("a block has 6 norms and 7 linear layers");
+  decoder.add_block({norm(n[0]), norm(n[1]), norm(n[2]), norm(n[3]), norm(n[4]), norm(n[5]), linear(l[0]), linear(l[1]),
+                     linear(l[2]), linear(l[3]), linear(l[4]), linear(l[5]), linear(l[6]), heads, kv_heads, head_dim,
+                     scaling, window, rotary});
+}
+
+/// Caches: addresses of the tables of keys and values of each sequence; rotaries: of cosines and sines.
+void run(Decoder& decoder, uintptr_t places, int64_t tokens, uintptr_t hidden,
+         const std::vector<std::tuple<uintptr_t, int64_t>>& caches, const Addresses& rotaries, uintptr_t logits,
+         int64_t first_logits, int threads) {
+  std::vector<Sequence> sequences;
+  for (const auto& [table, length] : caches) sequences.push_back({at<const Cache>(table), length});
+  std::vector<Rotary> tables;
+  for (const auto& [cos, sin] : rotaries) tables.push_back({at<const float>(cos), at<const float>(sin)});
+  const nb::gil_scoped_release others_may_run;
+  decoder.run(at<const Place>(places), tokens, at<float>(hidden), sequences.data(), tables.data(), at<float>(logits),
+              first_logits, threads);
+}
+
+}  // namespace
+
+void bind_decoder(nb::module_& m) {
+  nb::class_<Decoder>(m, "Decoder")
+      .def("__init__",
+           [](Decoder* self, int64_t width, const std::string& name, const NormRow& final_norm, const LinearRow& head) {
+             new (self) Decoder(width, activation(name), norm(final_norm), linear(head));
+           })
+      .def("add_block", &add_block)
+      .def("run", &run);
+}
+
+}  // namespace lilliput
