@@ -66,6 +66,16 @@ MODELS = {
     ),
     "qwen2": ("Qwen2", {}),
     "qwen2 4:1, tied": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen2, windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 12,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 16,
+        },
+    ),
 }
 
 
@@ -175,7 +185,7 @@ def test_preparing_makes_room_for_text_behind_the_longest_window():
     work = work_of(model, length=100)
     session = Lean().prepare(model, work, max_length=16)
     assert len(list(session.generate(work.example["input_ids"], 24))) == 24
-    assert session.blocks[0].keys.shape[1] == session.max_length
+    assert session.cache.keys[0].shape[1] == session.max_length
 
 
 def test_nothing_is_copied_but_the_cache():
@@ -193,12 +203,11 @@ def gpt2():
 
 REFUSED = {
     "gpt2": (gpt2, "this is a GPT2LMHeadModel"),
-    "gemma3": (lambda: build("Gemma3Text", head_dim=8), "this is a Gemma3ForCausalLM"),
-    "relu": (lambda: build("Llama", hidden_act="relu"), "this model has relu"),
-    "window": (
-        lambda: build("Qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0),
-        "no sliding window",
+    "capped": (
+        lambda: build("Gemma3Text", head_dim=8, final_logit_softcapping=30.0),
+        "no final logit softcapping",
     ),
+    "relu": (lambda: build("Llama", hidden_act="relu"), "this model has relu"),
     "half precision": (lambda: build("Llama").bfloat16(), "float32.*bfloat16"),
     "moving positions": (
         lambda: build("Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
