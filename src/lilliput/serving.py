@@ -1,13 +1,26 @@
-"""Text from a fitted language model."""
+"""Text from a fitted language model: streamed from an artifact, or by the native decoder inside `model.generate`.
+
+model.generate(**inputs, custom_generate=native_sampling)
+with accelerated(model):
+    model.generate(**inputs, streamer=streamer)
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from lilliput.artifact import load, load_example, load_tokenizer, read_architecture
 from lilliput.errors import UserError
+from lilliput.kernels.decoder import Decoder, foreign_layers
+from lilliput.kernels.decoder_parts import parts_of, refusals
 from lilliput.measuring import bare_workload, generator
 from lilliput.runtimes import choose
 
@@ -36,3 +49,113 @@ def stream_text(folder: str | Path, prompt: str, tokens: int) -> Iterator[str]:
         if not text.endswith("�"):  # half of a character
             yield text[len(shown) :]
             shown = text
+
+
+@contextmanager
+def accelerated(model: Any) -> Iterator[Any]:
+    """Inside, `model.generate` decodes natively where it can (see `native_sampling`), streamers included."""
+    plain = model.generate
+
+    def generate(*args: Any, streamer: Any = None, custom_generate: Any = None, **options: Any) -> Any:
+        chosen = custom_generate or partial(native_sampling, streamer=streamer)
+        if options.get("assistant_model") is not None:
+            chosen = custom_generate
+        return plain(*args, streamer=streamer, custom_generate=chosen, **options)
+
+    before = vars(model).get("generate")
+    model.generate = generate
+    try:
+        yield model
+    finally:
+        del model.generate
+        if before is not None:
+            model.generate = before
+
+
+def native_sampling(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Greedy or sampled continuations (B, length) for `model.generate(custom_generate=native_sampling)`.
+
+    Tokens are those of transformers' own loop; rows may be padded on the left. What it cannot do is left to that loop
+    with a warning that says why. transformers hands no streamer to a custom loop: bind it here with `functools.partial`,
+    or use `accelerated`. Raises UserError for assisted generation.
+    """
+    if obstacle := _obstacle(model, input_ids, generation_config, model_kwargs):
+        warnings.warn(f"generating without the native decoder: {obstacle}", stacklevel=2)
+        loop = _own_loop(model, generation_config)
+        options = {} if streamer is None else {"streamer": streamer}
+        return loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **options, **model_kwargs)
+    decoder = Decoder(model)
+    mask, length = model_kwargs.get("attention_mask"), generation_config.max_length
+    prompts = [row if mask is None else row[mask[i].bool()] for i, row in enumerate(input_ids)]
+    caches = [decoder.cache(length) for _ in prompts]
+    logits = torch.cat([decoder(row, cache) for row, cache in zip(prompts, caches)])
+    running = torch.ones(len(prompts), dtype=torch.long)
+    while True:
+        tokens = _chosen(logits_processor(input_ids, logits), generation_config.do_sample)
+        if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+            tokens = tokens * running + generation_config._pad_token_tensor * (1 - running)
+        input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+        if streamer is not None:
+            streamer.put(tokens)
+        running = running & ~stopping_criteria(input_ids, None)
+        if not running.any():
+            break
+        logits = decoder.step(tokens, caches)
+    if streamer is not None:
+        streamer.end()
+    return input_ids
+
+
+def _chosen(scores: Tensor, sample: bool) -> Tensor:
+    """A token (B,) out of the scores (B, V)."""
+    return torch.multinomial(scores.softmax(-1), 1).squeeze(1) if sample else scores.argmax(-1)
+
+
+def _own_loop(model: Any, generation_config: Any) -> Any:
+    """The method of transformers that would have run without a custom loop."""
+    from transformers.generation.utils import GENERATION_MODES_MAPPING
+
+    mode = generation_config.get_generation_mode()
+    if "assisted" in mode.value:
+        raise UserError("assisted generation has a loop of its own; call generate without custom_generate")
+    return getattr(type(model), GENERATION_MODES_MAPPING[mode])
+
+
+def _obstacle(model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> str:
+    """Why the native decoder cannot run this call, '' when it can."""
+    mode = generation_config.get_generation_mode().value
+    if mode not in ("greedy_search", "sample"):
+        return f"it has no {mode.replace('_', ' ')}"
+    if generation_config.return_dict_in_generate:
+        return "it returns token ids alone (return_dict_in_generate)"
+    if reasons := refusals(model) or foreign_layers(parts_of(model)):
+        return "; ".join(reasons)
+    return _unlike(model, input_ids, model_kwargs)
+
+
+def _unlike(model: nn.Module, input_ids: Tensor, model_kwargs: dict[str, Any]) -> str:
+    """What is unusual in the inputs of a call."""
+    from transformers import DynamicCache
+
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    if model.training:
+        return "the model is in training mode"
+    if type(cache) is not DynamicCache or getattr(cache, "_is_user_defined", False) or cache.get_seq_length():
+        return f"it keeps its own keys and values, a {type(cache).__name__} was given"
+    if model_kwargs.get("inputs_embeds") is not None:
+        return "it takes token ids, not inputs_embeds"
+    padded = torch.ones_like(input_ids) if mask is None else mask.long()
+    if (padded.diff() < 0).any() or not padded[:, -1].all():
+        return "the attention mask is not a padding on the left"
+    positions, expected = model_kwargs.get("position_ids"), padded.cumsum(-1) - 1
+    if positions is not None and not ((positions == expected) | (padded == 0)).all():
+        return "position_ids are given"
+    return ""
