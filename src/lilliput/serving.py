@@ -84,8 +84,8 @@ def native_sampling(
     """Greedy or sampled continuations (B, length) for `model.generate(custom_generate=native_sampling)`.
 
     Tokens are those of transformers' own loop; rows may be padded on the left. What it cannot do is left to that loop
-    with a warning that says why. transformers hands no streamer to a custom loop: bind it here with `functools.partial`,
-    or use `accelerated`. Raises UserError for assisted generation.
+    with a warning that says why. transformers hands no streamer to a custom loop: bind it here with
+    `functools.partial`, or use `accelerated`. Raises UserError for assisted generation.
     """
     if obstacle := _obstacle(model, input_ids, generation_config, model_kwargs):
         warnings.warn(f"generating without the native decoder: {obstacle}", stacklevel=2)

@@ -1,4 +1,4 @@
-"""The native decoder against transformers and against its plain torch reference, in all formats and instruction sets."""
+"""The native decoder against transformers and its plain torch reference, in all formats and instruction sets."""
 
 import pytest
 import torch
@@ -308,7 +308,7 @@ def test_a_layer_without_a_native_product_runs_on_the_reference():
         Decoder(model)
     assert type(decoder_for(model)) is Reference
     layer.up_proj = nn.Linear(32, 96, bias=False).half()
-    with pytest.raises(UserError, match="torch.float16"):
+    with pytest.raises(UserError, match="float16"):
         Decoder(model)
     with pytest.raises(UserError, match="bfloat16"):
         Decoder(build("Llama", {}).bfloat16())

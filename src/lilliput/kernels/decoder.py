@@ -27,7 +27,7 @@ Factor = tuple[str, int, int, int, int, int, int]  # format, addresses of weight
 
 
 class Cache:
-    """Keys and values of one sequence: in each block (kv_heads, length, head_dim), float32; `filled` of them are used."""
+    """Keys and values of one sequence: in each block (kv_heads, length, head_dim) float32, `filled` of them used."""
 
     def __init__(self, blocks: Sequence[Block], length: int):
         shapes = [(b.kv_heads, length, b.head_dim) for b in blocks]
@@ -144,7 +144,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Decoder(_AnyDecoder):
-    """The native decoder; `torch.get_num_threads()` threads. Raises UserError for layers that have no native product."""
+    """The native decoder, on `torch.get_num_threads()` threads; UserError for layers without a native product."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model)

@@ -1,7 +1,7 @@
 """A lean decode path for Llama-type models: a token is one native call through all blocks (`kernels/decoder.py`).
 
-Formats may differ per layer. A model with a layer of a kind that the native decoder has no product for runs on its plain
-torch reference, which calls whatever modules stand at the projections.
+Formats may differ per layer. A model with a layer of a kind that the native decoder has no product for runs on its
+plain torch reference, which calls whatever modules stand at the projections.
 """
 
 from __future__ import annotations
