@@ -15,7 +15,8 @@ from lilliput.methods.distill.logits import Logits
 from lilliput.plan import Plan, Step
 from lilliput.workload import Workload
 
-TIMED_STEPS = 10
+TIMED_STEPS = 3
+SHORTEST_S = 20.0  # of recovery that is worth its preparation
 
 
 def recovering(plan: Plan, **limits: float) -> Plan | None:
@@ -33,7 +34,7 @@ def recover(workload: Workload, plan: Plan, seconds: float) -> tuple[Plan, nn.Mo
     A few steps are timed first: the plan then names a number of steps, so that it gives the same model anywhere.
     """
     trial = recovering(plan, steps=TIMED_STEPS)
-    if trial is None or workload.training is None:
+    if trial is None or workload.training is None or seconds < SHORTEST_S:
         return None
     with_steps, without = (_seconds(p, workload) for p in (trial, recovering(plan, steps=0) or plan))
     per_step = max(with_steps - without, 1e-3) / TIMED_STEPS

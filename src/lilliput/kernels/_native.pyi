@@ -34,3 +34,21 @@ class Decoder:
         first_logits: int,
         threads: int,
     ) -> None: ...
+
+def norm_rows(x: int, rows: int, width: int, norm: tuple[int, float, float]) -> None: ...
+def gate_values(activation: str, gate: int, up: int, count: int) -> None: ...
+def rotate_heads(x: int, tokens: int, heads: int, dim: int, cos: int, sin: int, scaling: float) -> None: ...
+def attend_heads(
+    queries: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    position: int,
+    keys: int,
+    values: int,
+    kv_heads: int,
+    length: int,
+    window: int,
+    out: int,
+) -> None: ...
+def dense_rows(weights: int, rows: int, columns: int, bfloat16: bool, x: int, tokens: int, y: int) -> None: ...

@@ -99,48 +99,59 @@ class _AnyDecoder:
 
 
 class Reference(_AnyDecoder):
-    """The decoder in plain torch."""
+    """The decoder in plain torch; `norm`, `gate`, `rotate`, `attend` and `linear` are its steps."""
 
     def _run(self, hidden: Tensor, caches: Sequence[Cache], places: Tensor, first_logits: int) -> Tensor:
         rows = [self._forward(hidden[places[:, 0] == i], cache) for i, cache in enumerate(caches)]
-        return self.parts.head(_rms_norm(torch.cat(rows)[first_logits:], self.parts.norm))
+        return self.linear(self.parts.head, self.norm(torch.cat(rows)[first_logits:], self.parts.norm))
 
     def _forward(self, hidden: Tensor, cache: Cache) -> Tensor:
         """Hidden states (T, d) of one sequence after all blocks."""
         for i, b in enumerate(self.parts.blocks):
-            attended = b.o(self._attend(b, _rms_norm(hidden, b.attention_norm), cache.keys[i], cache.values[i], cache))
-            hidden = hidden + _rms_norm(attended, b.after_attention_norm)
-            x = _rms_norm(hidden, b.mlp_norm)
-            gate = F.silu(b.gate(x)) if self.parts.activation == "silu" else F.gelu(b.gate(x), approximate="tanh")
-            hidden = hidden + _rms_norm(b.down(gate * b.up(x)), b.after_mlp_norm)
+            attended = self._attention(b, self.norm(hidden, b.attention_norm), cache, i)
+            hidden = hidden + self.norm(self.linear(b.o, attended), b.after_attention_norm)
+            x = self.norm(hidden, b.mlp_norm)
+            gated = self.gate(self.linear(b.gate, x), self.linear(b.up, x))
+            hidden = hidden + self.norm(self.linear(b.down, gated), b.after_mlp_norm)
         return hidden
 
-    def _attend(self, b: Block, x: Tensor, keys: Tensor, values: Tensor, cache: Cache) -> Tensor:
-        start, length = cache.filled, len(x)
-        end = start + length
-        cos, sin = (table[start:end].unsqueeze(1) for table in self._tables[b.positions])
-        q, k, v = (layer(x).view(length, -1, b.head_dim) for layer in (b.q, b.k, b.v))
-        q = _rotate(_rms_norm(q, b.query_norm), cos, sin).transpose(0, 1)
-        keys[:, start:end] = _rotate(_rms_norm(k, b.key_norm), cos, sin).transpose(0, 1)
+    def _attention(self, b: Block, x: Tensor, cache: Cache, index: int) -> Tensor:
+        start, end = cache.filled, cache.filled + len(x)
+        cos, sin = (table[start:end] for table in self._tables[b.positions])
+        q, k, v = (self.linear(layer, x).view(len(x), -1, b.head_dim) for layer in (b.q, b.k, b.v))
+        q = self.rotate(self.norm(q, b.query_norm), cos, sin, b.scaling)
+        keys, values = cache.keys[index], cache.values[index]
+        keys[:, start:end] = self.rotate(self.norm(k, b.key_norm), cos, sin).transpose(0, 1)
         values[:, start:end] = v.transpose(0, 1)
+        return self.attend(q, keys, values, start, b.window).reshape(len(x), -1)
+
+    def linear(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """A projection of x (T, inputs)."""
+        return layer(x)
+
+    def norm(self, x: Tensor, norm: Norm | None) -> Tensor:
+        """The norm over the last dimension; x itself when there is none."""
+        if norm is None:
+            return x
+        weight = norm.weight + norm.offset if norm.offset else norm.weight
+        return F.rms_norm(x, (x.shape[-1],), weight, norm.epsilon)
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """activation(gate) * up"""
+        return (F.silu(gate) if self.parts.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, scaling: float = 1.0) -> Tensor:
+        """Rotary position of x (T, heads, dim), cos, sin (T, dim): (x cos + (-second half, first half) sin) scaling"""
+        first, second = x.chunk(2, -1)
+        return (x * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)) * scaling
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int, window: int) -> Tensor:
+        """Scaled queries (T, heads, dim) at the positions from `start` on; keys, values (kv_heads, length, dim)."""
+        end = start + len(q)
         ages = torch.arange(start, end).unsqueeze(1) - torch.arange(end)
-        seen = (ages >= 0) & (ages < b.window)
-        batch = (q.unsqueeze(0), keys[:, :end].unsqueeze(0), values[:, :end].unsqueeze(0))
-        out = F.scaled_dot_product_attention(*batch, attn_mask=seen, scale=b.scaling, enable_gqa=True)
-        return out[0].transpose(0, 1).reshape(length, -1)
-
-
-def _rms_norm(x: Tensor, norm: Norm | None) -> Tensor:
-    if norm is None:
-        return x
-    weight = norm.weight + norm.offset if norm.offset else norm.weight
-    return F.rms_norm(x, (x.shape[-1],), weight, norm.epsilon)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position on (T, heads, head_dim): x cos + (-second half, first half) sin."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+        batch = (q.transpose(0, 1).unsqueeze(0), keys[:, :end].unsqueeze(0), values[:, :end].unsqueeze(0))
+        seen = (ages >= 0) & (ages < window)
+        return F.scaled_dot_product_attention(*batch, attn_mask=seen, scale=1.0, enable_gqa=True)[0].transpose(0, 1)
 
 
 class Decoder(_AnyDecoder):

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "decoder.hpp"
+#include "decoder_tiles.hpp"
 #include "module.hpp"
 
 namespace nb = nanobind;
@@ -73,9 +74,55 @@ void run(Decoder& decoder, uintptr_t places, int64_t tokens, uintptr_t hidden,
               first_logits, threads);
 }
 
+// The steps one by one, all tensors contiguous: to compare a walk with, to the bit.
+
+void norm_rows(uintptr_t x, int64_t rows, int64_t width, const NormRow& row) {
+  for (int64_t r = 0; r < rows; ++r) {
+    decoder_tiles().rms_norm(at<const float>(x) + r * width, norm(row), width, at<float>(x) + r * width);
+  }
+}
+
+void gate_values(const std::string& name, uintptr_t gate, uintptr_t up, int64_t count) {
+  decoder_tiles().gate(activation(name), at<const float>(gate), at<const float>(up), count, at<float>(gate));
+}
+
+/// x (tokens, heads, dim), cos and sin (tokens, dim)
+void rotate_heads(uintptr_t x, int64_t tokens, int64_t heads, int64_t dim, uintptr_t cos, uintptr_t sin, float scaling) {
+  for (int64_t i = 0; i < tokens * heads; ++i) {
+    const int64_t from = i / heads * dim;
+    decoder_tiles().rotate(at<float>(x) + i * dim, at<const float>(cos) + from, at<const float>(sin) + from, dim, scaling);
+  }
+}
+
+/// queries and out (tokens, heads, dim), keys and values (kv_heads, length, dim)
+void attend_heads(uintptr_t queries, int64_t tokens, int64_t heads, int64_t dim, int64_t position, uintptr_t keys,
+                  uintptr_t values, int64_t kv_heads, int64_t length, int64_t window, uintptr_t out) {
+  std::vector<float> scores(kQueries * score_room(position + tokens));
+  for (int64_t t = 0; t < tokens; t += kQueries) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t from = (t * heads + h) * dim, kv = h / (heads / kv_heads) * length * dim;
+      const int count = static_cast<int>(tokens - t < kQueries ? tokens - t : kQueries);
+      decoder_tiles().attend({at<const float>(queries) + from, heads * dim, count, position + t,
+                              at<const float>(keys) + kv, at<const float>(values) + kv, dim, window,
+                              at<float>(out) + from},
+                             scores.data());
+    }
+  }
+}
+
+void dense_rows(uintptr_t weights, int64_t rows, int64_t columns, bool bfloat16, uintptr_t x, int64_t tokens, uintptr_t y) {
+  const DenseMatrix dense{at<const void>(weights), rows, columns, bfloat16};
+  multiply(dense, at<const float>(x), tokens, 0, dense.blocks(), at<float>(y));
+}
+
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
+  m.def("norm_rows", &norm_rows);
+  m.def("gate_values", &gate_values);
+  m.def("rotate_heads", &rotate_heads);
+  m.def("attend_heads", &attend_heads);
+  m.def("dense_rows", &dense_rows);
   nb::class_<Decoder>(m, "Decoder")
       .def("__init__",
            [](Decoder* self, int64_t width, const std::string& name, const NormRow& final_norm, const LinearRow& head) {

@@ -41,4 +41,7 @@ inline int64_t score_room(int64_t keys) { return (keys + 31) / 16 * 16; }
 extern const DenseLinearTiles dense_linear_scalar, dense_linear_avx2, dense_linear_avx512;
 extern const DecoderTiles decoder_scalar, decoder_avx2, decoder_avx512;
 
+/// Those of the instruction set in use.
+const DecoderTiles& decoder_tiles();
+
 }  // namespace lilliput

@@ -9,13 +9,7 @@ namespace {
 
 constexpr int64_t kStepsPerThread = 6;
 
-const DecoderTiles& tiles() {
-#if defined(LILLIPUT_X86)
-  if (isa() == Isa::avx512) return decoder_avx512;
-  if (isa() == Isa::avx2) return decoder_avx2;
-#endif
-  return decoder_scalar;
-}
+const DecoderTiles& tiles() { return decoder_tiles(); }
 
 int64_t blocks_of(const Matrix& matrix) {
   return std::visit([](const auto& m) { return m.blocks(); }, matrix);
@@ -35,6 +29,14 @@ int64_t pieces_of(const Matrix& matrix) {
 }
 
 }  // namespace
+
+const DecoderTiles& decoder_tiles() {
+#if defined(LILLIPUT_X86)
+  if (isa() == Isa::avx512) return decoder_avx512;
+  if (isa() == Isa::avx2) return decoder_avx2;
+#endif
+  return decoder_scalar;
+}
 
 // --- memory ------------------------------------------------------------------------------------------------------
 

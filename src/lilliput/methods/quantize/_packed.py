@@ -162,10 +162,16 @@ class PackedLinear(_Packed):
         """(M, in_features) -> (M, out_features) by the kernel, without the bias."""
         if not rows.is_floating_point():
             raise UserError(f"the input of a packed layer is {rows.dtype}; give float32 or bfloat16")
+        y = kernel.group_linear(rows.float(), *self.layout(), self.out_features, self.group, self.bits)
+        return y.to(rows.dtype)
+
+    def layout(self) -> tuple[Tensor, Tensor]:
+        """Codes and grid as the kernel executes them, made when first asked for."""
         if self._codes is None or self._grid is None:
             self._lay_out_()
-        y = kernel.group_linear(rows.float(), self._codes, self._grid, self.out_features, self.group, self.bits)  # type: ignore[arg-type]
-        return y.to(rows.dtype)
+        assert self._codes is not None
+        assert self._grid is not None
+        return self._codes, self._grid
 
     def _lay_out_(self) -> None:
         stored = super().tensors()
