@@ -20,7 +20,7 @@ def main() -> None:
     verify, original = record["verify"], record["original"]
     rows = [_row("original", "test", original["values"], verify["score_before"], 0.0)]
     for candidate in record["candidates"]:
-        if candidate["name"].endswith("everywhere"):
+        if not candidate["name"].startswith(("joint", "front")):
             measured = candidate["measured"]
             rows.append(_row(candidate["name"], "validation", measured, candidate["score"], measured["drop"]))
     rows.append(_row("joint fit", "test", verify["measured"], verify["score_after"], verify["drop"]))

@@ -100,7 +100,7 @@ def points(record: Record, key: str, built: Sequence[Record]) -> list[Point]:
     rows: list[tuple[str, str, Any, Any]] = [(ORIGINAL, "original", record["original"]["values"].get(key), 0.0)]
     for c in built:
         chosen = c["number"] == record.get("chosen")
-        kind = BUILT if c["name"].startswith("joint") else RIVALS
+        kind = BUILT if c["name"].startswith(("joint", "front")) else RIVALS
         name = f"chosen: {c['name']}" if chosen else c["name"]
         rows.append((CHOSEN if chosen else kind, name, c["measured"].get(key), c["measured"]["drop"]))
     checked = record["verify"]
