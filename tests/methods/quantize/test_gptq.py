@@ -108,6 +108,17 @@ def test_an_indefinite_hessian_is_refused():
         inverse_factor(torch.tensor([[1.0, 50.0], [50.0, 1.0]]), 0.01)
 
 
+def test_rows_that_clipping_hurts_keep_plain_rounding():
+    w, hessian = problem(3, rank=2, samples=3)
+    scale, zero = choose_grid(w, 4, 32)
+    grid = scale / 4, zero  # so narrow that errors pushed on are clipped: without a way back rows get twice as bad
+    q, _, _ = gptq(w, hessian, 4, 32, grid=grid)
+    rounded = round_to_grid(w, *grid, 4)
+    limit = error(w, rounded, *grid, 4, hessian)
+    assert (error(w, q, *grid, 4, hessian) <= limit * (1 + 1e-4)).all()
+    assert 0 < (q == rounded).all(1).sum() < len(w) / 2
+
+
 def test_act_order_spends_its_care_on_large_inputs():
     w, hessian = problem(6, samples=800)
     hessian = hessian.flip(
