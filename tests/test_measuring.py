@@ -1,5 +1,6 @@
 """Every number of a model: which quantities appear, what they agree with, and what is refused. No timing is judged."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -7,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from lilliput import measuring
 from lilliput.artifact import save
@@ -117,8 +117,10 @@ def test_energy_is_counted_where_the_machine_counts_it(llama_work, monkeypatch, 
 
 
 def test_a_runtime_that_answers_wrongly_is_not_timed(llama_work, monkeypatch):
-    session = find_runtime("lean").prepare(llama_work.model, llama_work)
-    session.head = nn.Linear(32, 64)
+    wrong = copy.deepcopy(llama_work.model)
+    with torch.no_grad():
+        wrong.lm_head.weight.neg_()
+    session = find_runtime("lean").prepare(wrong, llama_work)
     monkeypatch.setattr(type(find_runtime("lean")), "prepare", lambda *_, **__: session)
     with pytest.raises(UserError, match="differ from the torch model's"):
         looked_at(llama_work, runtime="lean")

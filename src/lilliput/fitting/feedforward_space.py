@@ -107,6 +107,7 @@ class FeedforwardSpace(Space):
     def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:
         rows = self.rows(genome)
         weights = sum(w * (1 if int8 else 4) for int8, _, w, _ in rows)
+        ms: dict[str, float]
         if self.device is None:
             ms = dict(zip(FEATURES, (self.features(genome) * self.coefficients).tolist()))
         else:

@@ -83,8 +83,10 @@ def lagrangian_seeds(predictor: Predictor, budget: Budget, margin: float, steps:
     """
     space = predictor.space
     limits = {k: v for k, v in budget.limits.items() if k in predictor.costs((0,) * len(space.units))}
-    low, high, met, genome = 1e-6, 1e3, None, None
-    found = []
+    low, high = 1e-6, 1e3
+    met: Genome | None = None
+    genome: Genome | None = None
+    found: list[Genome] = []
     for _ in range(steps):
         price = (low * high) ** 0.5
 
