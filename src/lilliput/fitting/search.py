@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -87,14 +88,14 @@ def lagrangian_seeds(predictor: Predictor, budget: Budget, margin: float, steps:
     met: Genome | None = None
     genome: Genome | None = None
     found: list[Genome] = []
+
+    def value(price: float, candidate: Genome) -> float:
+        costs = predictor.costs(candidate)
+        return predictor.damage(candidate) + price * sum(costs[k] / v for k, v in limits.items())
+
     for _ in range(steps):
         price = (low * high) ** 0.5
-
-        def value(candidate: Genome, price: float = price) -> float:
-            costs = predictor.costs(candidate)
-            return predictor.damage(candidate) + price * sum(costs[k] / v for k, v in limits.items())
-
-        genome = greedy(space.sizes, value, genome)
+        genome = greedy(space.sizes, partial(value, price), genome)
         feasible = violation(budget, predictor.costs(genome), margin) == 0
         low, high = (low, price) if feasible else (price, high)
         met = genome if feasible else met
