@@ -1,10 +1,13 @@
 """Int8: every output channel on 255 levels of its own range, against numpy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from lilliput.artifact import load, save
 from lilliput.errors import UserError
 from lilliput.methods.quantize._packed import PackedEmbedding, PackedLinear
 from lilliput.methods.quantize.int8 import Int8
@@ -71,3 +74,15 @@ def test_a_bias_is_kept_exactly():
 def test_nothing_to_pack_is_said():
     with pytest.raises(UserError, match=r"quantize.int8 finds no layer it can change in Conv2d"):
         Int8().apply(nn.Conv2d(1, 1, 1))
+
+
+def test_a_bfloat16_model_with_a_packed_tied_head_runs_and_reloads(tiny_llama, llama_work, tmp_path):
+    work = dataclasses.replace(llama_work, model=tiny_llama.bfloat16())
+    model = Int8().apply(work.model, work, ["lm_head"])
+    ids = work.example["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits
+    assert model.model.embed_tokens(ids).dtype == logits.dtype == torch.bfloat16
+    again = load(save(model, tmp_path / "model", work))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, logits)

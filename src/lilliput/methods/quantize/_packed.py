@@ -20,6 +20,7 @@ from lilliput.errors import UserError
 from lilliput.kernels import group_linear as kernel
 from lilliput.methods.quantize._grid import dequantize
 
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK_ROWS = 256  # rows converted at a time, so that the temporaries stay small
 
 
@@ -220,11 +221,25 @@ class _Differentiable(torch.autograd.Function):
 
 
 class PackedEmbedding(_Packed):
-    """Rows of a packed table (num_embeddings, embedding_dim), dequantised as they are looked up, times `factor`."""
+    """Rows of a packed table (num_embeddings, embedding_dim), dequantised as they are looked up, times `factor`.
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, bits: int, group: int, factor: float = 1.0):
+    They come in `dtype`: that of the table it stands for, "float32", "bfloat16" or "float16".
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        group: int,
+        factor: float = 1.0,
+        dtype: str = "float32",
+    ):
         super().__init__(num_embeddings, embedding_dim, bits, group)
+        if dtype not in FLOATS:
+            raise UserError(f"an embedding gives {dtype!r}; choose one of {', '.join(FLOATS)}")
         self.num_embeddings, self.embedding_dim, self.factor = num_embeddings, embedding_dim, factor
+        self.dtype = dtype
 
     def rebuild_config(self) -> dict[str, Any]:
         """Arguments of the constructor."""
@@ -234,13 +249,14 @@ class PackedEmbedding(_Packed):
             "bits": self.bits,
             "group": self.group,
             "factor": self.factor,
+            "dtype": self.dtype,
         }
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
         zero = None if self.bits == 8 else self.zero[flat]
         rows = self._dequantize(self.codes[flat], self.scale[flat], zero)
-        return rows.view(*ids.shape, self.embedding_dim) * self.factor
+        return (rows.view(*ids.shape, self.embedding_dim) * self.factor).to(FLOATS[self.dtype])
 
 
 def quantizable(model: nn.Module) -> list[str]:
@@ -273,7 +289,8 @@ def replace_linears_(model: nn.Module, layers: Mapping[str, Any], codes_of: Call
 def _share_with_embedding_(model: nn.Module, name: str, head: PackedLinear) -> None:
     old = model.get_submodule(name)
     factor = float(getattr(old, "embed_scale", 1.0))
-    table = PackedEmbedding(head.rows, head.columns, head.bits, head.group, factor)
+    dtype = str(old.weight.dtype).removeprefix("torch.")
+    table = PackedEmbedding(head.rows, head.columns, head.bits, head.group, factor, dtype)
     head.shared = True
     for key, tensor in head.tensors().items():
         setattr(table, key, tensor)
