@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--families", default="quantize,prune")
+    parser.add_argument("--families", default="quantize,prune,factorize")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     start = time.monotonic()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import optimize, stats
 
 from lilliput.budget import Budget
 from lilliput.fitting.predict import Predictor, left_out, nonnegative_fit, rank_correlation, regress, violation
@@ -123,7 +124,6 @@ def test_violation_adds_relative_excesses():
 
 
 def test_rank_correlation_agrees_with_scipy():
-    stats = pytest.importorskip("scipy.stats")
     draw = np.random.default_rng(5)
     a, b = draw.integers(0, 6, 25).astype(float), draw.normal(size=25)
     assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
@@ -132,7 +132,6 @@ def test_rank_correlation_agrees_with_scipy():
 
 
 def test_nonnegative_fit_agrees_with_scipy():
-    optimize = pytest.importorskip("scipy.optimize")
     draw = np.random.default_rng(6)
     design, target = draw.normal(size=(30, 5)), draw.normal(size=30)
     assert nonnegative_fit(design, target) == pytest.approx(optimize.nnls(design, target)[0], abs=1e-4)
