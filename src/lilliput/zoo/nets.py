@@ -279,6 +279,7 @@ def llama(
 
 _NETS: dict[str, Callable[[], Any]] = {
     "resnet-small": partial(resnet, width=32, depth=14, stem_stride=2),
+    "resnet-medium": partial(resnet, width=32, depth=14),
     "bottleneck-resnet-small": partial(bottleneck_resnet, width=24, depth=20, stem_stride=2),
     "mobilenet-small": partial(mobilenet, width=16),
     "vit-small": partial(vit, dim=96, layers=4, heads=4),

@@ -40,11 +40,13 @@ class Recipe:
     lr: float = 3e-3
     weight_decay: float = 0.05
     shift: int = 2  # pixels that pictures are moved by, at most; patches learn slowly when they are
+    start: str = ""  # net whose weights it begins with
     bfloat16: bool = False  # run the products of the training (not the net that is kept) in bfloat16
 
 
 RECIPES = {
     "resnet-small": Recipe(epochs=6, bfloat16=True),
+    "resnet-medium": Recipe(epochs=2.5, lr=1.5e-3, start="resnet-small", bfloat16=True),
     "bottleneck-resnet-small": Recipe(epochs=5, bfloat16=True),
     "mobilenet-small": Recipe(epochs=5),
     "vit-small": Recipe(epochs=8, batch_size=64, lr=1e-3, shift=0),
@@ -103,6 +105,8 @@ def _make_classifier(name: str, seed: int) -> dict[str, Any]:
     splits = images.fashion_mnist()
     model = nets.build(name).to(memory_format=torch.channels_last)
     recipe = RECIPES[name]
+    if recipe.start:
+        model.load_state_dict(nets.load(recipe.start).state_dict())
     batches = splits["training"].batches(recipe.batch_size)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
