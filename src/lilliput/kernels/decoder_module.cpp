@@ -1,5 +1,4 @@
 // The decoder as Python sees it: addresses and sizes; decoder.py checks them and keeps the memory alive.
-#include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -22,11 +21,6 @@ using FactorRow = std::tuple<std::string, uintptr_t, uintptr_t, int64_t, int64_t
 using LinearRow = std::tuple<std::vector<FactorRow>, uintptr_t>;  // factors, first one first; address of the bias
 using NormRow = std::tuple<uintptr_t, float, float>;              // address of the weight, epsilon, offset
 using Addresses = std::vector<std::tuple<uintptr_t, uintptr_t>>;
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 Matrix matrix(const FactorRow& row) {
   const auto& [format, weights, grid, rows, columns, group, bits] = row;
@@ -115,9 +109,7 @@ void dense_rows(uintptr_t weights, int64_t rows, int64_t columns, bool bfloat16,
   multiply(dense, at<const float>(x), tokens, 0, dense.blocks(), at<float>(y));
 }
 
-}  // namespace
-
-void bind_decoder(nb::module_& m) {
+void bind(nb::module_& m) {
   m.def("norm_rows", &norm_rows);
   m.def("gate_values", &gate_values);
   m.def("rotate_heads", &rotate_heads);
@@ -132,4 +124,7 @@ void bind_decoder(nb::module_& m) {
       .def("run", &run);
 }
 
+const Binding binding(bind);
+
+}  // namespace
 }  // namespace lilliput

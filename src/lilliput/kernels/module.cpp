@@ -1,25 +1,14 @@
-// The kernels as Python sees them: addresses and sizes; the Python side checks them (one file per operation).
-#include <nanobind/nanobind.h>
+// The Python module: the instruction sets, and all that the X_module.cpp files bind.
+#include "module.hpp"
+
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "group_linear.hpp"
 #include "isa.hpp"
-#include "module.hpp"
 
-namespace nb = nanobind;
 using namespace lilliput;
 
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-PackedMatrix matrix(uintptr_t codes, uintptr_t grid, int64_t rows, int64_t columns, int64_t group, int bits) {
-  return {at<const uint8_t>(codes), at<const uint16_t>(grid), rows, columns, group, bits};
-}
 
 std::vector<std::string> names_of_isas() {
   std::vector<std::string> names;
@@ -30,35 +19,8 @@ std::vector<std::string> names_of_isas() {
 }  // namespace
 
 NB_MODULE(_native, m) {
-  const auto free_gil = nb::call_guard<nb::gil_scoped_release>();
   m.def("isa", [] { return isa_name(isa()); });
   m.def("set_isa", &set_isa);
   m.def("available_isas", &names_of_isas);
-  m.def(
-      "group_linear_sizes",
-      [](int64_t rows, int64_t columns, int64_t group, int bits) {
-        const PackedMatrix shape = matrix(0, 0, rows, columns, group, bits);
-        return nb::make_tuple(shape.codes_bytes(), shape.grid_count());
-      },
-      "bytes of codes and number of grid values of the executed layout");
-  m.def(
-      "group_linear_pack",
-      [](uintptr_t stored, uintptr_t packed, int64_t rows, int64_t columns, int64_t group, int bits) {
-        pack_codes(matrix(0, 0, rows, columns, group, bits), at<const uint8_t>(stored), at<uint8_t>(packed));
-      },
-      free_gil);
-  m.def(
-      "group_linear_unpack",
-      [](uintptr_t packed, uintptr_t stored, int64_t rows, int64_t columns, int64_t group, int bits) {
-        unpack_codes(matrix(packed, 0, rows, columns, group, bits), at<uint8_t>(stored));
-      },
-      free_gil);
-  m.def(
-      "group_linear",
-      [](uintptr_t x, uintptr_t codes, uintptr_t grid, uintptr_t y, int64_t tokens, int64_t rows, int64_t columns,
-         int64_t group, int bits, int threads) {
-        group_linear(matrix(codes, grid, rows, columns, group, bits), at<const float>(x), tokens, at<float>(y), threads);
-      },
-      free_gil);
-  bind_decoder(m);
+  for (const Bind bind : bindings()) bind(m);
 }
