@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lilliput.hooks import evaluating, tensors_in, watching
+from lilliput.hooks import channels_last, evaluating, tensors_in, watching
 
 
 @pytest.fixture
@@ -25,6 +25,19 @@ def test_modes_come_back_after_a_failure(net):
     with pytest.raises(RuntimeError), evaluating(net):
         net(torch.randn(2, 99))
     assert [m.training for m in net.modules()] == [True, True, False, True]
+
+
+def test_the_order_of_convolution_weights_comes_back_with_what_was_learned():
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 3).to(memory_format=torch.channels_last), nn.Flatten())
+    before, x = net[0].weight.detach().clone(), torch.randn(2, 3, 6, 6)
+    expected = net(x)
+    with channels_last(net), torch.no_grad():
+        assert all(net[i].weight.is_contiguous(memory_format=torch.channels_last) for i in (0, 1))
+        torch.testing.assert_close(net(x), expected)
+        net[0].weight += 1
+    assert net[0].weight.is_contiguous()
+    assert torch.equal(net[0].weight, before + 1)
+    assert net[1].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_only_the_named_layers_are_seen_with_what_they_get(net):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,6 +20,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def channels_last(model: nn.Module) -> Iterator[None]:
+    """Convolution weights with the channels innermost, which torch's kernels like; the order they had afterwards."""
+    weights = [p for p in model.parameters() if p.ndim == 4]
+    contiguous = [p for p in weights if p.is_contiguous()]
+    for p in weights:
+        p.data = p.data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for p in contiguous:
+            p.data = p.data.contiguous()
 
 
 @contextmanager

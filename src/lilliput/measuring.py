@@ -21,6 +21,7 @@ from lilliput.runtimes import Runtime, Session, check, choose, find_runtime
 from lilliput.workload import Score, Workload
 
 NEW_TOKENS = 24
+SECONDS_PER_ROUND = 0.05  # of a comparison, for nets that take a fraction of a millisecond
 
 
 @dataclass
@@ -68,7 +69,7 @@ def measure(
     torch.set_num_threads(threads)
     session = runtime.prepare(model, workload, threads)
     check(session, model, workload, tolerance=0.05 if workload.kind == "causal_lm" else None)
-    result = Measured(runtime.name, threads, {})
+    result = Measured(runtime.name, threads, {}, notes=[session.note] if session.note else [])
     load = latency.wait_until_quiet()
     if load > latency.QUIET:
         result.notes.append(f"other processes kept {load:.1f} cores busy: times are unreliable")
@@ -109,7 +110,8 @@ def measure_speed(workload: Workload, session: Session, result: Measured, quick:
 def compare_speed(workload: Workload, a: Any, b: Any, rounds: int = 12) -> latency.Comparison:
     """Session `b` against `a`, in turn in this process: forward passes of the example, or the tokens after it."""
     if workload.kind != "causal_lm":
-        return latency.compare(lambda: a(workload.example), lambda: b(workload.example), rounds=5 * rounds)
+        runs = (lambda: a(workload.example)), (lambda: b(workload.example))
+        return latency.compare(*runs, rounds=5 * rounds, min_seconds=SECONDS_PER_ROUND * rounds)
     ids, block = workload.example["input_ids"], NEW_TOKENS // 6
     streams = [generator(session)(ids, 1 + block * rounds) for session in (a, b)]
     for stream in streams:

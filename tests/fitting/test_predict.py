@@ -55,6 +55,20 @@ def test_learning_finds_the_true_factor_of_every_part():
     assert predictor.costs(genome)["size_bytes"] == space.costs(genome)["size_bytes"]  # not measured: as it was
 
 
+def test_what_was_timed_costs_what_was_measured_and_teaches_the_others():
+    space, known, other = Toy(), (1,) * 12, (1,) * 11 + (2,)
+    predictor = Predictor(space, timed={known: {"token_ms": 7.0}})
+    before = predictor.costs(other)["token_ms"]
+    predictor.learn([((0,) * 12, space.costs((0,) * 12), 0.0)])
+    assert predictor.costs(known)["token_ms"] == 7.0
+    assert predictor.costs(known)["size_bytes"] == space.costs(known)["size_bytes"]
+    assert predictor.costs(other)["token_ms"] < before  # 7 is less than had been predicted
+    sample = (known, {"token_ms": 99.0}, 0.0)
+    assert (
+        left_out(space, [sample], timed={known: {"token_ms": 7.0}})[0][0]["token_ms"] == space.costs(known)["token_ms"]
+    )
+
+
 def test_regression_agrees_with_lstsq_and_shrinks_to_one():
     draw = np.random.default_rng(1)
     rows = draw.uniform(0.1, 1, (40, 3))

@@ -1,5 +1,6 @@
 """Recovery fits the time, and its plan gives the same model again."""
 
+import pytest
 import torch
 
 from lilliput.fitting.recover import TIMED_STEPS, recover, recovering
@@ -28,12 +29,13 @@ def test_no_time_is_no_recovery(cnn_work):
 
 
 def test_the_plan_of_a_recovery_gives_the_same_model(cnn_work, monkeypatch):
-    monkeypatch.setattr("lilliput.fitting.recover.SHORTEST_S", 1.0)
-    found = recover(cnn_work, Plan([Step(Channels(ratio=0.5))]), 4)
+    seconds = iter([0.8, 0.2])  # with the timed steps, and without
+    monkeypatch.setattr("lilliput.fitting.recover._seconds", lambda plan, workload: next(seconds))
+    found = recover(cnn_work, Plan([Step(Channels(ratio=0.5))]), 20)
     assert found is not None
     plan, model = found
     steps = next(s.method.steps for s in plan.steps if isinstance(s.method, Logits))
-    assert steps > TIMED_STEPS
+    assert steps == pytest.approx((20 - 0.8 - 2 * 0.2) / (0.6 / TIMED_STEPS), abs=1)
     again = Plan.from_yaml(plan.to_yaml()).apply(cnn_work)
     for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b)

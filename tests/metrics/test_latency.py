@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from lilliput.errors import UserError
 from lilliput.metrics import latency
@@ -121,11 +122,15 @@ def test_equal_things_are_rarely_called_a_gain():
 
 
 def test_interval_agrees_with_scipy():
-    stats = pytest.importorskip("scipy.stats")
     a, b = np.random.default_rng(1).normal(10, 1, (2, 60))
     ours = latency.paired_ratio(a, b, draws=4000)
     theirs = stats.bootstrap((a / b,), np.median, method="percentile", n_resamples=4000, rng=0).confidence_interval
     assert (ours.low, ours.high) == (pytest.approx(theirs.low, abs=0.01), pytest.approx(theirs.high, abs=0.01))
+
+
+def test_compare_goes_on_until_both_limits_are_reached(clock):
+    assert latency.compare(clock.takes(4), clock.takes(6), rounds=30, min_seconds=0.2).rounds == 30
+    assert latency.compare(clock.takes(4), clock.takes(6), rounds=5, min_seconds=0.095).rounds == 10
 
 
 def test_compare_refuses_too_few_rounds():

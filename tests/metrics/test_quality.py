@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from lilliput.errors import UserError
 from lilliput.metrics.quality import (
@@ -87,7 +88,6 @@ def test_calibration_of_sure_answers():
 
 
 def test_paired_difference_agrees_with_scipy():
-    stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(0)
     a = rng.normal(0, 5, 80)
     b = a + rng.normal(0.3, 0.5, 80)

@@ -1,7 +1,8 @@
 """The space of a feed-forward net: channels per coupled group, ranks and 8 bits per layer, all joint.
 
-Latency is linear in what a genome leaves (operations and layers by precision), with coefficients learnt from random
-genomes that are really built and timed on the serving runtime; on a modelled device it is that device's roofline.
+Latency is linear in what a genome leaves (operations and layers by precision and by being factored), with coefficients
+learnt from genomes that are really built and timed on the serving runtime: the uniform ones, random ones, and later the
+candidates. On a modelled device it is that device's roofline.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ FEATURES = (
     "fixed",
     "float operations",
     "int8 operations",
+    "operations of factors",
     "float layers",
     "int8 layers",
+    "factored layers",
     "changes",
 )  # of the latency model
 BITS = (1.0, 1.0, 0.0, 0.5)  # share of the layers in 8 bits, in turn: mostly all, as in good settings
-PROBES = 16  # random genomes that teach the latency
+PROBES = 18  # genomes that teach the latency
 
 
 @dataclass
@@ -101,8 +104,17 @@ class FeedforwardSpace(Space):
         """One number for each of `FEATURES`; operations are counted in 1e9, changes between float and int8 layers."""
         rows = self.rows(genome)
         changes = sum(a[0] is not b[0] for a, b in pairwise(rows))
-        sums = [sum(r[column] for r in rows if r[0] is int8) for column in (1, 3) for int8 in (False, True)]
-        return np.array([1.0, sums[0] / 1e9, sums[1] / 1e9, sums[2], sums[3], changes])
+        kinds = (lambda r: r[3] == 1 and not r[0]), (lambda r: r[3] == 1 and r[0]), (lambda r: r[3] > 1)
+        ops = [sum(r[1] for r in rows if is_kind(r)) / 1e9 for is_kind in kinds]
+        layers = [sum(r[3] for r in rows if is_kind(r)) for is_kind in kinds]
+        return np.array([1.0, *ops, *layers, changes])
+
+    def learn(self, measured: Sequence[tuple[Genome, Mapping[str, float]]]) -> None:
+        times = {genome: costs["latency_ms"] for genome, costs in measured if "latency_ms" in costs}
+        if self.device is None and times:
+            ms = np.array(list(times.values()))
+            design = np.stack([self.features(genome) for genome in times])
+            self.coefficients = nonnegative_fit(design / ms[:, None], np.ones(len(ms)))
 
     def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:
         rows = self.rows(genome)
@@ -139,7 +151,8 @@ def feedforward_space(
     progress("judging options")
     space.damage = _damages(workload, space, progress)
     if device.measured:
-        _learn_latency(space, workload, runtime, threads, original["latency_ms"], progress)
+        space.timed = _probed(space, workload, runtime, threads, original["latency_ms"], progress)
+        space.learn(list(space.timed.items()))
     else:
         space.device = device
     space.fixed_bytes = original["memory_bytes"] - space.costs((0,) * len(space.units))["size_bytes"]
@@ -170,7 +183,7 @@ def _add_layer_units(space: FeedforwardSpace, workload: Workload, families: Sequ
     for name in [n for n, _ in model.named_modules() if n in {*convolutions(model), *linears(model)} and n in costs]:
         rank = int8 = -1
         if name in can_rank:
-            options = (Option("full rank"), *(Option(f"rank {r:.0%}", Tucker(ratio=r)) for r in RANKS))
+            options = (Option("full rank"), *(Option(f"rank {r:.0%}", Tucker(ratio=r, snap=ROUND_TO)) for r in RANKS))
             space.units.append(Unit(f"{name} rank", (name,), options, None, "rank"))
             rank = len(space.units) - 1
         if name in can_int8:
@@ -211,21 +224,21 @@ def _damages(workload: Workload, space: FeedforwardSpace, progress: Callable[[st
     return found
 
 
-def _learn_latency(
+def _probed(
     space: FeedforwardSpace, workload: Workload, runtime: Runtime, threads: int, original_ms: float, progress
-) -> None:
+) -> dict[Genome, dict[str, float]]:
+    """The latency of the uniform settings and of random genomes."""
     light = dataclasses.replace(workload, calibration=workload.calibration[:1])
     generator = np.random.default_rng(0)
-    genomes = [(0,) * len(space.units), space.uniform({"*": "int8"})]
+    genomes = [(0,) * len(space.units), *(space.uniform(wanted) for wanted in space.rivals.values())]
     while len(genomes) < PROBES:
         density = generator.uniform(0.1, 0.9, 3)
         share = {"channels": density[0], "rank": density[1] / 3, "bits": BITS[len(genomes) % len(BITS)]}
         take = [generator.random() < share[u.part] for u in space.units]
         genomes.append(tuple(int(generator.integers(1, len(u.options))) if t else 0 for u, t in zip(space.units, take)))
-    times, reference = [], runtime.prepare(workload.model, light, threads)
-    for number, genome in enumerate(genomes):
-        progress(f"timing random genome {number + 1} of {len(genomes)}")
+    times, reference = {}, runtime.prepare(workload.model, light, threads)
+    for number, genome in enumerate(dict.fromkeys(genomes)):
+        progress(f"timing setting {number + 1} of {len(genomes)}")
         session = runtime.prepare(space.plan(genome).apply(light), light, threads)
-        times.append(original_ms / compare_speed(light, reference, session, rounds=6).ratio)
-    design = np.stack([space.features(g) for g in genomes])
-    space.coefficients = nonnegative_fit(design / np.array(times)[:, None], np.ones(len(times)))
+        times[genome] = {"latency_ms": original_ms / compare_speed(light, reference, session, rounds=6).ratio}
+    return times

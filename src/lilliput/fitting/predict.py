@@ -14,6 +14,7 @@ SHRINK = {"costs": 0.03, "damage": 0.3}  # how strongly coefficients are pulled 
 LOWEST = 0.05  # of a coefficient
 Parts = Mapping[str, float]  # what a prediction is the sum of
 Sample = tuple[Genome, Mapping[str, float], float]  # a built candidate: genome, measured quantities, measured damage
+Timed = Mapping[Genome, Mapping[str, float]]  # genomes that were measured, but not judged
 
 
 @dataclass
@@ -23,10 +24,13 @@ class Predictor:
 
     space: Space
     coefficients: dict[str, dict[str, float]] = field(default_factory=dict)  # quantity -> part -> factor
+    timed: Timed = field(default_factory=dict)
 
     def costs(self, genome: Genome) -> dict[str, float]:
-        """Corrected budget quantities but `drop`."""
-        return {key: self._total(key, parts) for key, parts in self.space.cost_parts(genome).items()}
+        """Budget quantities but `drop`: corrected, or as they were measured where only damage is open."""
+        measured = self.timed.get(genome, {})
+        parts = self.space.cost_parts(genome)
+        return {key: measured[key] if key in measured else self._total(key, parts[key]) for key in parts}
 
     def damage(self, genome: Genome) -> float:
         """Corrected increase of the loss."""
@@ -40,11 +44,13 @@ class Predictor:
         """Correct from all candidates measured so far."""
         if not measured:
             return
-        costs = [self.space.cost_parts(genome) for genome, _, _ in measured]
-        for key in costs[0]:
-            known = [(parts[key], m[key]) for parts, (_, m, _) in zip(costs, measured) if key in m]
-            if known:
-                self.coefficients[key] = regress(*zip(*known), shrink=SHRINK["costs"])
+        known = [*((genome, costs) for genome, costs, _ in measured), *self.timed.items()]
+        self.space.learn(known)
+        seen = [(self.space.cost_parts(genome), costs) for genome, costs in known]
+        for key in seen[0][0]:
+            pairs = [(parts[key], costs[key]) for parts, costs in seen if key in costs]
+            if pairs:
+                self.coefficients[key] = regress(*zip(*pairs), shrink=SHRINK["costs"])
         damages = [self.space.predicted_damage(genome) for genome, _, _ in measured]
         target = [max(damage, 0.0) for _, _, damage in measured]
         self.coefficients["damage"] = regress(damages, target, shrink=SHRINK["damage"])
@@ -64,11 +70,13 @@ def regress(parts: Sequence[Parts], target: Sequence[float], shrink: float) -> d
     return {name: float(max(value, LOWEST)) for name, value in zip(names, found)}
 
 
-def left_out(space: Space, measured: Sequence[Sample]) -> list[tuple[dict[str, float], float]]:
+def left_out(
+    space: Space, measured: Sequence[Sample], timed: Timed | None = None
+) -> list[tuple[dict[str, float], float]]:
     """(costs, damage) of every candidate as predicted from all others, as the search sees one it has not built."""
     found = []
     for i, (genome, _, _) in enumerate(measured):
-        predictor = Predictor(space)
+        predictor = Predictor(space, timed={g: m for g, m in (timed or {}).items() if g != genome})
         predictor.learn([*measured[:i], *measured[i + 1 :]])
         found.append((predictor.costs(genome), predictor.damage(genome)))
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,8 @@ from lilliput.errors import UserError
 from lilliput.fitting.aim import aim
 from lilliput.fitting.build import Bench, key_of
 from lilliput.fitting.judge import Judge
-from lilliput.fitting.layers import bytes_by_part
-from lilliput.fitting.predict import Predictor, Sample, left_out, rank_correlation
+from lilliput.fitting.outcome import outcome
+from lilliput.fitting.predict import Predictor, Sample, violation
 from lilliput.fitting.progress import Progress
 from lilliput.fitting.record import Run, fresh_folder, summary
 from lilliput.fitting.recover import all_cores, recover
@@ -38,8 +37,10 @@ DEFAULT_BUDGET = "memory<=50%, time_per_token<=50%"
 HEAL_STEPS = 60  # of distillation before a feed-forward candidate is judged: without, pruning never pays
 SAFETY = 0.06  # share of a limit kept free while searching: a quick measurement errs by some percent
 PROOFS = 3  # candidates tried at most until one meets the budget in a fresh process
-RESERVE = 0.25  # share of the time kept for verification and the report, at least 1.5 times what measuring took
+RESERVE = 2.6  # times what measuring took: kept for verification and the report
+RECOVERY = 0.5  # share kept for recovery by distillation where candidates change structure
 FRONT = (0.75, 0.5, 0.35, 1.25)  # shares of the budget whose optima are built too: they show the front, teach the costs
+TRIES = 6  # genomes timed in a round before one is healed and judged, where that takes long
 PATIENCE = 3  # rounds without a better candidate that end the search
 
 
@@ -81,11 +82,11 @@ def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: An
     folder = o.out or fresh_folder(Path("runs"), workload.name)
     run = Run(folder, remembered(workload, budget, device, o), o.resume)
     with Progress(o.minutes * 60, quiet=o.quiet) as progress:
-        job = _Job(workload, budget, device, o, run, progress, start)
+        job = Job(workload, budget, device, o, run, progress, start)
         return job.work()
 
 
-class _Job:
+class Job:
     """One fit under way."""
 
     def __init__(
@@ -97,6 +98,7 @@ class _Job:
         self.trials: list[Genome] = []
         self.asked = budget
         self.memory_offset = 0.0
+        self.timed: dict[Genome, dict[str, float]] = {}
 
     def work(self) -> Fitted:
         """All eight steps."""
@@ -140,7 +142,8 @@ class _Job:
             self.runtime,
             self.progress.say,
         )
-        self.predictor = Predictor(self.space)
+        self.timed |= self.space.timed
+        self.predictor = Predictor(self.space, timed=self.timed)
         if "memory_bytes" in self.budget.limits and self.workload.source:
             self.memory_offset = self.run.step("memory_offset", self._memory_offset)
         self._timed("probe")
@@ -154,18 +157,16 @@ class _Job:
     def search_and_build(self) -> None:
         """Steps 4 and 5, in turn until the time is up or nothing better comes: search on the predictors, build the
         best and an optimum of another budget, correct."""
-        if self.options.rivals:
-            for name, genome in rivals(self.space).items():
-                if self._left() > 0:
-                    self._build(name, genome)
+        for name, genome in self._rivals().items():
+            if self._left() > 0:
+                self._build(name, genome)
         stale = 0
         for round_ in range(20):
-            self._learn()
+            self.learn()
             before = self.best() if self.run.candidates() else None
-            for name, found in (("joint", self._search(round_)), ("front", self._front_of(round_))):
-                fresh = [g for g in found if list(g) not in [c["genome"] for c in self.run.candidates()]][:1]
-                if fresh and (self._left() > 0 or not self.run.candidates()):
-                    self._build(f"{name} {round_ + 1}", fresh[0])
+            for name, found in (("joint", self._aimed(round_)), ("front", self._front_of(round_))):
+                if found and (self._left() > 0 or not self.run.candidates()):
+                    self._build(f"{name} {round_ + 1}", found[0])
             stale = 0 if self._improved_on(before) else stale + 1
             if self._left() <= 0 or stale >= PATIENCE:
                 break
@@ -178,7 +179,33 @@ class _Job:
             return True
         return best["damage"] < before["damage"] - best["damage_error"]
 
-    def _search(self, round_: int) -> list[Genome]:
+    def _rivals(self) -> dict[str, Genome]:
+        """Uniform settings to build before the search: all, or of those whose time is known the mildest that meets the
+        budget."""
+        found = rivals(self.space)
+        if self.options.rivals:
+            return found
+        meeting = [n for n, g in found.items() if g in self.timed and not violation(self.budget, self.timed[g], SAFETY)]
+        mildest = sorted(meeting, key=lambda name: self.predictor.damage(found[name]))[:1]
+        return {name: found[name] for name in mildest}
+
+    def _aimed(self, round_: int) -> list[Genome]:
+        """What a search finds. Where candidates are healed the best are timed first, and the search goes on with that
+        until its best is one whose time is known."""
+        for attempt in range(TRIES):
+            found = self._unbuilt(self._search(round_, attempt))
+            if not self.bench.heal_steps or not found or found[0] in self.timed or self._left() <= 0:
+                return found
+            self.progress.say("timing what was found")
+            self.timed[found[0]] = self.bench.speed(self.space.plan(found[0]).apply(self.light))[0]
+            self.learn()
+        return self._unbuilt(self._search(round_, TRIES))
+
+    def _unbuilt(self, genomes: list[Genome]) -> list[Genome]:
+        built = [c["genome"] for c in self.run.candidates()]
+        return [g for g in genomes if list(g) not in built]
+
+    def _search(self, round_: int, attempt: int = 0) -> list[Genome]:
         self.progress.step("searching")
         seconds = max(1.0, min(40.0, self._left() / 4))
         start = [tuple(c["genome"]) for c in self._by_quality() if c["genome"]][:5]
@@ -191,7 +218,7 @@ class _Job:
             seed=self.options.seed + round_,
             margin=SAFETY,
             storage=self.options.storage or self.run.folder / "search.db",
-            name=f"round-{round_ + 1}",
+            name=f"round-{round_ + 1}.{attempt + 1}",
             start=start,
             ray_address=self.options.ray,
         )
@@ -199,8 +226,12 @@ class _Job:
         return found
 
     def _front_of(self, round_: int) -> list[Genome]:
-        """The optimum of another budget, for the front."""
-        return lagrangian_seeds(self.predictor, self.budget.scaled(FRONT[round_ % len(FRONT)]), SAFETY)[:1]
+        """The optimum of another budget, for the front; of those that are healed every other one."""
+        if self.bench.heal_steps and round_ % 2 == 0:
+            return []
+        return self._unbuilt(
+            lagrangian_seeds(self.predictor, self.budget.scaled(FRONT[round_ % len(FRONT)]), SAFETY)[:1]
+        )
 
     def _build(self, name: str, genome: Genome) -> None:
         plan = self.space.plan(genome)
@@ -213,14 +244,14 @@ class _Job:
         self.run.write(f"candidates/{key_of(plan)}", candidate)
         self.progress.best(self._best_line())
 
-    def _samples(self) -> list[Sample]:
+    def samples(self) -> list[Sample]:
         """Every built candidate, and the original, as the predictor learns from them."""
         none = (0,) * len(self.space.units)
         built = [(tuple(c["genome"]), c["measured"], c["damage"]) for c in self.run.candidates() if c["genome"]]
         return [(none, self.original.values, 0.0), *built]
 
-    def _learn(self) -> None:
-        self.predictor.learn(self._samples())
+    def learn(self) -> None:
+        self.predictor.learn(self.samples())
 
     def best(self) -> dict[str, Any]:
         """The candidate that meets the budget with the least damage, else the one nearest to it."""
@@ -240,7 +271,7 @@ class _Job:
         plan = Plan.from_yaml(best["plan"])
         self.progress.step("recovering by distillation")
         with all_cores():
-            tried = recover(self.workload, plan, self._left() * 0.8) if self.options.recover else None
+            tried = recover(self.workload, plan, self._left_to_recover()) if self.options.recover else None
         if tried is not None:
             subject = tried[1]
             if self.workload.kind != "causal_lm":
@@ -267,57 +298,11 @@ class _Job:
         self.progress.step("verifying on untouched data")
         checked = verify(self.bench, model, proof, self.budget)
         self._timed("verify")
-        record = self._record(best, plan, checked, model)
+        record = outcome(self, best, plan, checked, model)
         self.run.write("record", record)
         (self.run.folder / "plan.yaml").write_text(plan.to_yaml())
         write_report(record, self.run.folder / "report.html")
         return Fitted(model, plan, self.workload, self.run.folder, record)
-
-    def _record(self, best: dict[str, Any], plan: Plan, checked: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-        built = self.run.candidates()
-        for c, (costs, damage) in zip([c for c in built if c["genome"]], left_out(self.space, self._samples())[1:]):
-            c["predicted"] = costs | {"damage": damage}
-        self._learn()
-        judged = [c for c in built if c.get("predicted")]
-        time_key = next((k for k in ("token_ms", "latency_ms") if judged and k in judged[0]["measured"]), "size_bytes")
-        pairs = [(c["predicted"].get(time_key, 0.0), c["measured"][time_key]) for c in judged]
-        damage = [(c["predicted"]["damage"], c["damage"]) for c in judged]
-        return {
-            "request": self.run.read("request"),
-            "budget": str(self.budget),
-            "limits": self.budget.limits,
-            "original": self.original.to_json(),
-            "candidates": built,
-            "chosen": best["number"],
-            "plan": plan.to_yaml(),
-            "verify": checked,
-            "front": self._front(),
-            "layers": bytes_by_part(self.workload.model, model, best["labels"], self._layer_ms(best)),
-            "heat": best["heat"],
-            "predictors": {
-                "latency_rank_correlation": rank_correlation(*zip(*pairs)) if pairs else None,
-                "damage_rank_correlation": rank_correlation(*zip(*damage)) if damage else None,
-                "built": len(judged),
-            },
-            "seconds": self.timings,
-            "runtime": self.runtime.name,
-            "threads": self.threads,
-            "modelled": list(self.bench.modelled),
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-
-    def _layer_ms(self, best: dict[str, Any]) -> list[dict[str, float]] | None:
-        """Milliseconds by layer before and after, from a space that knows them."""
-        if not hasattr(self.space, "layer_ms") or not best["genome"]:
-            return None
-        factors = self.predictor.coefficients.get("token_ms", {})
-        genomes = (0,) * len(best["genome"]), tuple(best["genome"])
-        return [self.space.layer_ms(g, factors) for g in genomes]  # type: ignore[attr-defined]
-
-    def _front(self) -> list[dict[str, float]]:
-        """Predicted costs and damage of up to 400 searched genomes, for the picture."""
-        step = max(1, len(self.trials) // 400)
-        return [self.predictor.costs(g) | {"damage": self.predictor.damage(g)} for g in self.trials[::step]]
 
     @property
     def budget(self) -> Budget:
@@ -348,9 +333,11 @@ class _Job:
 
     def _left(self) -> float:
         """Seconds left for searching and building."""
-        limit = self.options.minutes * 60
-        reserve = max(RESERVE * limit, 1.5 * self.timings.get("measure", 0.0))
-        return limit - reserve - (time.monotonic() - self.start)
+        return self._left_to_recover() - RECOVERY * self.options.minutes * 60 * (self.bench.heal_steps > 0)
+
+    def _left_to_recover(self) -> float:
+        reserve = RESERVE * self.timings.get("measure", 0.0)
+        return self.options.minutes * 60 - reserve - (time.monotonic() - self.start)
 
     def _timed(self, name: str) -> None:
         self.timings[name] = time.monotonic() - self.start - sum(self.timings.values())

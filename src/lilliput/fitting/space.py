@@ -44,10 +44,14 @@ class Space(ABC):
     units: list[Unit]
     damage: list[np.ndarray] = field(default_factory=list)  # per unit, one number per option
     rivals: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> uniform setting that a search must beat
+    timed: dict[Genome, dict[str, float]] = field(default_factory=dict)  # costs measured while the space was made
 
     @abstractmethod
     def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:
         """Quantity -> part -> what it adds, of all budget quantities but `drop`; parts are corrected one by one."""
+
+    def learn(self, measured: Sequence[tuple[Genome, Mapping[str, float]]]) -> None:  # noqa: B027
+        """Make the model of the costs anew from everything measured, where a space can."""
 
     def costs(self, genome: Genome) -> dict[str, float]:
         """Predicted budget quantities but `drop`, before correction."""

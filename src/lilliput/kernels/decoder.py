@@ -10,6 +10,7 @@ a layer and a new decoder is needed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -244,7 +245,17 @@ def _packed_shape(layer: Any) -> tuple[int, int, int, int]:
 
 
 def decoder_for(model: nn.Module) -> Decoder | Reference:
-    """The native decoder where it has a product for every layer, else the plain one. Raises UserError."""
+    """The native decoder where it has a product for every layer, else, with a warning, the plain one. UserError."""
     if reasons := refusals(model):
         raise UserError(f"lean cannot take this model: {'; '.join(reasons)}")
-    return Reference(model) if foreign_layers(parts_of(model)) else Decoder(model)
+    if note := slow_because(model):
+        warnings.warn(note, stacklevel=2)
+        return Reference(model)
+    return Decoder(model)
+
+
+def slow_because(model: nn.Module) -> str:
+    """Why a model that lean takes runs in plain torch there, '' when it does not."""
+    foreign = foreign_layers(parts_of(model))
+    rest = f" (and {len(foreign) - 1} more layers)" if len(foreign) > 1 else ""
+    return f"decoding in plain torch: the native decoder has no product for {foreign[0]}{rest}" if foreign else ""

@@ -91,14 +91,23 @@ def summarize(times_ms: Sequence[float]) -> Latency:
     return Latency(median, p90, q75 - q25, len(times_ms), torch.get_num_threads())
 
 
-def compare(a: Callable[[], Any], b: Callable[[], Any], rounds: int = 30, warmup: int = 3, seed: int = 0) -> Comparison:
-    """Whether `b` is faster than `a`: both are run in turn `rounds` times, each round gives one ratio."""
+def compare(
+    a: Callable[[], Any],
+    b: Callable[[], Any],
+    rounds: int = 30,
+    warmup: int = 3,
+    seed: int = 0,
+    min_seconds: float = 0.0,
+) -> Comparison:
+    """Whether `b` is faster than `a`: both are run in turn `rounds` times, and for at least `min_seconds`; each round
+    gives one ratio."""
     if rounds < 5:
         raise UserError(f"rounds is {rounds}; give at least 5, fewer show no spread")
     repeats = [_repeats(run, warmup) for run in (a, b)]
     times: list[tuple[float, float]] = []
     with _no_garbage_collection():
-        for _ in range(rounds):
+        end = perf_counter() + min_seconds
+        while len(times) < rounds or perf_counter() < end:
             times.append((_time_ms(a, repeats[0]), _time_ms(b, repeats[1])))
     return paired_ratio([t[0] for t in times], [t[1] for t in times], seed=seed)
 

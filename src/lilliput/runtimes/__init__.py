@@ -26,6 +26,7 @@ class Session:
     """A prepared model. `session(batch)` gives logits; keyword tensors instead of a batch do the same."""
 
     names: tuple[str, ...] = ()  # the inputs, in the order of the graph
+    note: str = ""  # what one who reads its times should know
 
     def __call__(self, batch: Batch | None = None, **inputs: Tensor) -> Tensor:
         given = inputs if batch is None else batch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.errors import UserError
-from lilliput.kernels.decoder import decoder_for
+from lilliput.kernels.decoder import decoder_for, slow_because
 from lilliput.kernels.decoder_parts import refusals
 from lilliput.runtimes import Runtime, Session
 from lilliput.workload import Batch, Workload
@@ -28,7 +28,7 @@ class LeanSession(Session):
 
     def __init__(self, model: nn.Module, max_length: int):
         self.max_length = max_length
-        self.decoder = decoder_for(model)
+        self.decoder, self.note = decoder_for(model), slow_because(model)
         self.blocks, self.head = self.decoder.parts.blocks, self.decoder.parts.head
         self.cache = self.decoder.cache(max_length)
 

@@ -80,6 +80,14 @@ def test_a_damaged_student_comes_closer_to_the_teacher_on_unseen_data(fixture, r
     assert divergence(work, student) == before
 
 
+def test_products_in_bfloat16_teach_nearly_the_same_and_leave_float32(cnn_work):
+    student = damaged(cnn_work.model)
+    exact, rounded = (Logits(steps=40, lr=3e-3, bfloat16=b).apply(student, cnn_work) for b in (False, True))
+    assert all(p.dtype == torch.float32 and p.is_contiguous() for p in rounded.parameters())
+    assert not torch.equal(rounded.fc.weight, exact.fc.weight)
+    assert divergence(cnn_work, rounded) < 0.8 * divergence(cnn_work, student)
+
+
 @pytest.mark.parametrize("fixture", ["cnn_work", "llama_work"])
 def test_hard_loss_alone_is_training_on_the_workloads_own_loss(fixture, request):
     work = request.getfixturevalue(fixture)

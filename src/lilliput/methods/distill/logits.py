@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import channels_last, evaluating
 from lilliput.method import BLOCK_COUNT, LAYER_SHAPES, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
 from lilliput.training import train
 from lilliput.workload import Batch, Workload, need_workload
@@ -38,6 +38,7 @@ class Logits(Method):
     steps: int = knob(200, low=0, high=1_000_000, help="updates of the weights")
     seconds: float = knob(0.0, low=0.0, help="stop after this long, whatever the steps; 0 sets no limit")
     seed: int = knob(0, low=0, help="order of the data")
+    bfloat16: bool = knob(False, choices=(True, False), help="products in bfloat16, weights and sums in float32")
     facts: ClassVar = Facts(
         stage="distill",
         keeps={OUTPUT_SHAPE, LAYER_SHAPES, BLOCK_COUNT},
@@ -62,9 +63,14 @@ class Logits(Method):
 
     def fit(self, model: nn.Module, work: Workload, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:
         """Train `model` on the workload's training batches, or on its calibration batches when it has none."""
-        limit = self.seconds or None
-        train(model, batches_of(work), loss_fn, steps=self.steps, seconds=limit, lr=self.lr, clip_norm=1.0,
-              seed=self.seed)  # fmt: skip
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+                return loss_fn(model, batch)
+
+        with channels_last(model), channels_last(work.model):
+            train(model, batches_of(work), loss, steps=self.steps, seconds=self.seconds or None, lr=self.lr,
+                  clip_norm=1.0, seed=self.seed)  # fmt: skip
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

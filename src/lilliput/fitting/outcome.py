@@ -1,0 +1,73 @@
+"""What a finished fit leaves in its record: the request, every candidate, the chosen one and how well costs were
+predicted."""
+
+from __future__ import annotations
+
+import resource
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lilliput.fitting.layers import bytes_by_part
+from lilliput.fitting.predict import left_out, rank_correlation
+from lilliput.plan import Plan
+
+if TYPE_CHECKING:
+    from lilliput.fitting.run import Job
+
+SHOWN = 400  # searched genomes at most, for the picture of the front
+TIMES = ("token_ms", "latency_ms")
+
+
+def outcome(job: Job, best: dict[str, Any], plan: Plan, checked: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The record of a job whose candidate `best` became `model` by `plan`."""
+    built = job.run.candidates()
+    for c, (costs, damage) in zip([c for c in built if c["genome"]], left_out(job.space, job.samples(), job.timed)[1:]):
+        c["predicted"] = costs | {"damage": damage}
+    job.learn()
+    return {
+        "request": job.run.read("request"),
+        "budget": str(job.budget),
+        "limits": job.budget.limits,
+        "original": job.original.to_json(),
+        "candidates": built,
+        "chosen": best["number"],
+        "plan": plan.to_yaml(),
+        "verify": checked,
+        "front": _front(job),
+        "layers": bytes_by_part(job.workload.model, model, best["labels"], _layer_ms(job, best)),
+        "heat": best["heat"],
+        "predictors": _predictors([c for c in built if c.get("predicted")]),
+        "seconds": job.timings,
+        "runtime": job.runtime.name,
+        "threads": job.threads,
+        "modelled": list(job.bench.modelled),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _predictors(judged: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rank correlations of what was predicted and measured of the candidates."""
+    key = next((k for k in TIMES if judged and k in judged[0]["measured"]), "size_bytes")
+    times = [(c["predicted"].get(key, 0.0), c["measured"][key]) for c in judged]
+    damages = [(c["predicted"]["damage"], c["damage"]) for c in judged]
+    return {
+        "latency_rank_correlation": rank_correlation(*zip(*times)) if judged else None,
+        "damage_rank_correlation": rank_correlation(*zip(*damages)) if judged else None,
+        "built": len(judged),
+    }
+
+
+def _layer_ms(job: Job, best: dict[str, Any]) -> list[dict[str, float]] | None:
+    """Milliseconds by layer before and after, from a space that knows them."""
+    if not hasattr(job.space, "layer_ms") or not best["genome"]:
+        return None
+    factors = job.predictor.coefficients.get("token_ms", {})
+    genomes = (0,) * len(best["genome"]), tuple(best["genome"])
+    return [job.space.layer_ms(g, factors) for g in genomes]  # type: ignore[attr-defined]
+
+
+def _front(job: Job) -> list[dict[str, float]]:
+    """Predicted costs and damage of searched genomes."""
+    step = max(1, len(job.trials) // SHOWN)
+    return [job.predictor.costs(g) | {"damage": job.predictor.damage(g)} for g in job.trials[::step]]
