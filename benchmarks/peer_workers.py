@@ -127,9 +127,9 @@ class Lilliput(Torch):
         return model
 
     def read_bytes(self) -> int:
-        table = self.model.get_input_embeddings()
-        owned = {id(t): t for m in self.model.modules() if m is not table for t in _tensors(m)}
-        return sum(t.numel() * t.element_size() for t in owned.values())
+        table = {t.data_ptr() for t in self.model.get_input_embeddings().buffers()}  # a packed head has its own copy
+        owned = {t.data_ptr(): t for m in self.model.modules() for t in _tensors(m)}
+        return sum(t.numel() * t.element_size() for address, t in owned.items() if address not in table)
 
     def stream(self, prompt: list[int], threads: int) -> Iterator[int]:
         self.torch.set_num_threads(threads)
