@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +29,26 @@ def advantage(ours: Tensor, other: Tensor) -> tuple[float, float]:
     return float(gain.mean()), float(gain.std() / len(gain) ** 0.5)
 
 
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Linear layers of any packed kind, by name."""
+    for name, layer in model.named_modules():
+        if hasattr(layer, "dequantized") and hasattr(layer, "in_features"):
+            yield name, layer
+
+
 @torch.no_grad()
 def as_float_(model: nn.Module) -> nn.Module:
     """Packed linear layers as plain ones of the weights they stand for: only the weights differ then."""
-    for name, layer in list(model.named_modules()):
-        if hasattr(layer, "dequantized") and hasattr(layer, "in_features"):
-            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            linear.weight.copy_(layer.dequantized())
-            if layer.bias is not None:
-                linear.bias.copy_(layer.bias)
-            set_module(model, name, linear)
+    for name, layer in list(packed_layers(model)):
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        linear.weight.copy_(layer.dequantized())
+        if layer.bias is not None:
+            linear.bias.copy_(layer.bias)
+        set_module(model, name, linear)
     return model
 
 
 def bits_per_weight(model: nn.Module) -> float:
     """All bytes of the packed linear layers, scales and tables counted, over their weights."""
-    packed = [m for m in model.modules() if hasattr(m, "weight_bytes") and hasattr(m, "in_features")]
+    packed = [layer for _, layer in packed_layers(model)]
     return 8 * sum(m.weight_bytes for m in packed) / sum(m.in_features * m.out_features for m in packed)

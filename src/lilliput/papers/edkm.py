@@ -184,7 +184,7 @@ def evidence(table: Table, losses: dict[str, Tensor], bits: tuple[int, ...], ste
         figure=f"saved at 3 bits: {plain:.0f} -> {small:.1f} MB ({plain / small:.0f} times less); loss "
         f"{gain:+.3f} ± {error:.3f} nats per token against the best rival ({name})",
         limits="A small model and few steps. On one memory autograd shares equal tensors by itself, so that "
-        "marshalling gains only against copies to another memory; those are counted, not made. Small layers have nearly "
+        "marshalling gains only against copies to another memory; those are counted, not made. Small layers have about "
         "as many values as weights. Scales per group and the temperature rule are ours; the trained rival has a zero "
         "per group and so 0.25 bits more.",
     )

@@ -31,11 +31,11 @@ def kmeans_1d(values: Tensor, weights: Tensor, k: int) -> Tensor:
     if n <= k:
         return torch.cat([points, points[-1:].expand(k - n)])
     sums = [torch.cat([torch.zeros(1, dtype=torch.float64), (mass * points**i).cumsum(0)]) for i in range(3)]
-    s0, s1, s2 = (s.unsqueeze(0) - s.unsqueeze(1) for s in sums)  # [i, j]: of the values i .. j-1
+    s0, s1, s2 = (s.unsqueeze(1) - s.unsqueeze(0) for s in sums)  # [j, i]: of the values i .. j-1
     cost = torch.where(s0 > 0, s2 - s1.square() / s0.clamp_min(1e-300), torch.inf)
-    best, starts = cost[0], []
+    best, starts = cost[:, 0], []
     for _ in range(k - 1):
-        best, start = (best.unsqueeze(1) + cost).min(0)
+        best, start = (best + cost).min(1)
         starts.append(start)
     ends = [n]
     for start in reversed(starts):
