@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilliput.methods.quantize._codebook import LARGEST, CodebookLinear, kmeans_1d, nearest
+from lilliput.methods.quantize._codebook import LARGEST, CodebookLinear, fit_codebook, nearest
 from lilliput.methods.quantize._saving import Keeper, Unique
 
 
@@ -84,8 +84,9 @@ class Rounded(torch.autograd.Function):
 class DKMLinear(nn.Module):
     """A linear layer in training whose weights (out_features, in_features) are soft mixtures of 2**bits centroids.
 
-    The centroids carry over from step to step; the scale per group of inputs stays. With a `keeper` the plain
-    computation runs and the keeper holds what autograd saves of it, otherwise `TableWeights` does.
+    It begins with the codebook of the weights. Centroids carry over from step to step; the scale per group of inputs
+    stays. With a `keeper` the plain computation runs and the keeper holds what autograd saves of it, otherwise
+    `TableWeights` does.
     """
 
     centroids: Tensor
@@ -96,11 +97,9 @@ class DKMLinear(nn.Module):
         self.bits, self.group, self.temperature, self.rounds = bits, group, temperature, rounds
         self.weight = nn.Parameter(linear.weight.detach().float().clone())
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float().clone())
-        grouped = self.weight.detach().unflatten(1, (-1, group))
-        self.register_buffer("scale", grouped.abs().amax(-1).clamp_min(1e-30).bfloat16().float())
-        u = self._normalised().detach()
-        wide = self.scale.repeat_interleave(group, 1)
-        self.register_buffer("centroids", kmeans_1d(u, wide.square(), 2**bits).float())
+        _, scale, tables = fit_codebook(self.weight, bits, group)
+        self.register_buffer("scale", scale)
+        self.register_buffer("centroids", tables[0].float())
         self.keeper: Keeper | None = None
 
     def _normalised(self) -> Tensor:
@@ -109,7 +108,7 @@ class DKMLinear(nn.Module):
     @property
     def tau(self) -> float:
         """`temperature` in units of the mean squared distance between neighbouring centroids."""
-        gaps = self.centroids.diff().square().mean()
+        gaps = self.centroids.sort().values.diff().square().mean()
         return max(float(gaps) * self.temperature, 1e-8)
 
     def soft_weight(self) -> Tensor:
