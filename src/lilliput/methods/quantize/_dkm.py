@@ -92,7 +92,7 @@ class DKMLinear(nn.Module):
     centroids: Tensor
     scale: Tensor
 
-    def __init__(self, linear: nn.Linear, bits: int, group: int, temperature: float = 0.1, rounds: int = 3):
+    def __init__(self, linear: nn.Linear, bits: int, group: int, temperature: float = 0.03, rounds: int = 3):
         super().__init__()
         self.bits, self.group, self.temperature, self.rounds = bits, group, temperature, rounds
         self.weight = nn.Parameter(linear.weight.detach().float().clone())

@@ -42,7 +42,7 @@ class Dkm(Method):
     bits: int = knob(3, choices=(4, 3, 2), per_layer=True, help="bits per weight; a layer has 2**bits centroids")
     group: int = knob(64, choices=(32, 64, 128), per_layer=True, help="weights that share a scale")
     temperature: float = knob(
-        0.1, low=1e-3, high=10.0, log=True, help="of the mixtures, in squared distances between centroids"
+        0.03, low=1e-3, high=10.0, log=True, help="of the mixtures, in squared distances between centroids"
     )
     rounds: int = knob(3, low=1, high=10, help="k-means rounds of each step")
     steps: int = knob(200, low=1, high=10**6, log=True, help="training steps")
