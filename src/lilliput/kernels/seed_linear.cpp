@@ -36,8 +36,12 @@ std::vector<uint32_t> following_bits(int words) {
 }
 
 const uint32_t* states_table(int bits) {
-  static const std::vector<uint32_t> one = following_bits(1), two = following_bits(2);
-  return (bits == 4 ? one : two).data();
+  if (bits == 4) {
+    static const std::vector<uint32_t> one = following_bits(1);
+    return one.data();
+  }
+  static const std::vector<uint32_t> two = following_bits(2);
+  return two.data();
 }
 
 }  // namespace

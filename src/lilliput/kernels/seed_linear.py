@@ -124,7 +124,7 @@ def _seed_linear(x: Tensor, codes: Tensor, rows: int, bits: int, offset: int) ->
     x = x.contiguous()
     y = torch.empty(tokens, rows)
     addresses = x.data_ptr(), codes.data_ptr(), y.data_ptr()
-    _native.seed_linear(*addresses, tokens, rows, columns, bits, offset, torch.get_num_threads(), False)
+    _native.seed_linear(*addresses, tokens, rows, columns, bits, offset, torch.get_num_threads(), True)
     return y
 
 
