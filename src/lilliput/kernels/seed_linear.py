@@ -1,4 +1,4 @@
-"""y = x W^T with W (N, K) regenerated from seeds of a shift register (SeedLM): 4 or 3 bits per weight, no tables.
+"""y = x W^T with W (N, K) regenerated from seeds of a shift register (SeedLM): 4 or 3 bits per weight.
 
 A block of C inputs of a row is 2^e U(seed) t: U (C, P) are the C P states of a 16-bit register after the seed, mapped
 to -1 .. 1, and t are P signed numbers of 4 bits. 16 bits of seed, 4 of e and 4 P of t make 4 bits per weight with C = 8

@@ -97,7 +97,7 @@ struct Fit {
   void solve() {
     double a[kMostTerms][kMostTerms];
     std::memcpy(a, g, sizeof a);
-    std::copy_n(b, terms, t);
+    std::memcpy(t, b, sizeof t);
     for (int p = 0; p < terms; ++p) {
       for (int q = p + 1; q < terms && a[p][p] > 1e-12; ++q) {
         const double factor = a[q][p] / a[p][p];

@@ -2,8 +2,8 @@
 
 Paper: Shafipour, Harrison, Horton, Marker, Bedayat, Mehta, Rastegari, Najibi & Naderiparizi, "SeedLM: Compressing LLM
 Weights into Seeds of Pseudo-Random Generators", 2024. A block is stored as the 16-bit seed, out of all 65535, whose
-random basis U holds it best, a few 4-bit numbers t and a 4-bit exponent. The kernel makes the bases again at each product,
-which costs 5 to 20 times the time of 4-bit codes here: the gain in speed is one of hardware made for it.
+random basis U holds it best, a few 4-bit numbers t and a 4-bit exponent. The kernel makes the bases again at each
+product, which costs 5 to 20 times as long as 4-bit codes here: a gain in speed needs hardware made for it.
 
 Measured: results/codebook.csv.
 """
