@@ -112,13 +112,14 @@ class DKMLinear(nn.Module):
         return max(float(gaps) * self.temperature, 1e-8)
 
     def soft_weight(self) -> Tensor:
-        """The weights (N, K) that the forward pass uses; moves the centroids."""
+        """The weights (N, K) that the forward pass uses; in training it moves the centroids."""
+        rounds = self.rounds if self.training else 0
         u = Rounded.apply(self._normalised()).flatten()
         if self.keeper is None:
-            mixed, after = TableWeights.apply(u, self.centroids, self.tau, self.rounds)
+            mixed, after = TableWeights.apply(u, self.centroids, self.tau, rounds)
         else:
             with self.keeper.saving(), self.keeper.clustering(u):
-                mixed, after = soft_weights(u, self.centroids, self.tau, self.rounds)
+                mixed, after = soft_weights(u, self.centroids, self.tau, rounds)
         if self.training:
             self.centroids = after.detach().clone()
         return mixed.view_as(self.weight) * self.scale.repeat_interleave(self.group, 1)
