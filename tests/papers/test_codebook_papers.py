@@ -85,6 +85,12 @@ def test_saved_bytes_on_a_tiny_model(llama_work):
     assert saved[edkm.TABLE] < saved["+ marshalling"]
 
 
+def test_two_processes_save_less_than_one():
+    one, two = edkm.saved_by_weights("unique", bits=2, seed=0), edkm.saved_by_two_processes(bits=2, seed=0)
+    half_of_the_indices = edkm.WIDE[0] * edkm.WIDE[1]  # of 2 bytes each
+    assert all(0.95 * half_of_the_indices < one - peak < 1.05 * half_of_the_indices for peak in two)
+
+
 def test_training_with_rounded_weights_ends_packed(llama_work):
     model = edkm.rounding_trained(llama_work, bits=3, steps=2, seed=0)
     assert bits_per_weight(model) == pytest.approx(3 + 32 / 32)  # a scale and a zero for each group of 32

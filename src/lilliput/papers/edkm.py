@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -97,10 +98,17 @@ def saved_by_layer(table: Table, bits: int, seed: int) -> None:
     """The same for one wide layer of Gaussian weights, also on two processes."""
     for mode, name in MODES.items():
         table.add(name, f"wide_layer_saved_mb_{bits}_bits", saved_by_weights(mode, bits, seed) / 1e6)
+    table.add(SHARDED, f"wide_layer_saved_mb_{bits}_bits", max(saved_by_two_processes(bits, seed)) / 1e6)
+
+
+def saved_by_two_processes(bits: int, seed: int) -> list[int]:
+    """Peak bytes of two processes that share the indices between them."""
     with tempfile.TemporaryDirectory() as folder:
-        peaks = mp.get_context("spawn").SimpleQueue()
-        mp.spawn(_process, (Path(folder) / "store", bits, seed, peaks), nprocs=2)  # type: ignore[attr-defined]
-        table.add(SHARDED, f"wide_layer_saved_mb_{bits}_bits", max(peaks.get(), peaks.get()) / 1e6)
+        store = str(Path(folder) / "store")
+        call = f"print(edkm.saved_by_process({{}}, {store!r}, {bits}, {seed}))"
+        commands = [[sys.executable, "-c", f"from lilliput.papers import edkm; {call.format(rank)}"] for rank in (0, 1)]
+        children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+        return [int(child.communicate(timeout=120)[0]) for child in children]
 
 
 def saved_by_weights(mode: str, bits: int, seed: int) -> int:
@@ -114,11 +122,14 @@ def saved_by_weights(mode: str, bits: int, seed: int) -> int:
     return keeper.peak_bytes
 
 
-def _process(rank: int, store: Path, bits: int, seed: int, peaks) -> None:
+def saved_by_process(rank: int, store: str, bits: int, seed: int) -> int:
+    """Peak bytes of one of two processes that meet in the file `store`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    peaks.put(saved_by_weights("shard", bits, seed))
-    dist.destroy_process_group()
+    try:
+        return saved_by_weights("shard", bits, seed)
+    finally:
+        dist.destroy_process_group()
 
 
 # --- quality ---------------------------------------------------------------------------------------------------
