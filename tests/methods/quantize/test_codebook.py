@@ -50,9 +50,11 @@ def test_k_means_of_few_and_of_many_values():
 
 
 def test_nearest_entries_are_those_of_argmin():
-    u, tables = gaussian(8, 30), gaussian(4, 8)
-    expected = (u.unsqueeze(-1) - tables.repeat_interleave(2, 0).unsqueeze(1)).abs().argmin(-1)
-    assert torch.equal(nearest(u, tables, 3), expected)
+    u = gaussian(8, 30)
+    for tables in (gaussian(4, 8), gaussian(1, 8)):
+        per_row = tables.repeat_interleave(8 // len(tables), 0)
+        expected = (u.unsqueeze(-1) - per_row.unsqueeze(1)).abs().argmin(-1)
+        assert torch.equal(nearest(u, tables, 3), expected)
 
 
 def test_the_scale_is_that_of_least_squares():

@@ -110,6 +110,9 @@ def _searched_scale(w: Tensor, weight: Tensor, scale: Tensor, tables: Tensor, bi
 
 def nearest(u: Tensor, tables: Tensor, bits: int) -> Tensor:
     """The entry of each row's table nearest to u (N, K): indices (N, K)."""
+    if len(tables) == 1:
+        entries, order = tables[0].to(u.dtype).sort()
+        return order[torch.bucketize(u, (entries[1:] + entries[:-1]) / 2)]
     per_row = kernel.per_row(tables, len(u), bits).to(u.dtype)
     best, q = (u - per_row[:, :1]).abs(), torch.zeros_like(u, dtype=torch.int64)
     for i in range(1, per_row.shape[1]):
