@@ -13,9 +13,12 @@ SMALL = {
     "factorize.targeted": {"rounds": 1},
     "prune.heads": {"ratio": 0.5},
     "prune.neurons": {"round_to": 8},
+    "quantize.codebook": {"samples": 64, "rounds": 2},
     "quantize.data_free": {"size": 16, "samples": 16, "steps": 4, "search": 4},
+    "quantize.dkm": {"steps": 4},
     "quantize.gpfq": {"samples": 64},
     "quantize.gptq": {"samples": 64},
+    "quantize.seeds": {"candidates": 2},
 }
 
 

@@ -259,6 +259,7 @@ def test_stored_weights_that_do_not_fit_are_refused():
         (stored(q, 4), scale, None, 64, 4),
         (stored(q, 4), scale[0], zero[0], 64, 4),
         (stored(q, 4).to("meta"), scale, zero, 64, 4),
+        (stored(q, 4)[:, :0], scale, zero, 0, 4),
     ]:
         with pytest.raises(UserError):
             kernel.pack(*arguments)

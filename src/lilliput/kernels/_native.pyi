@@ -7,6 +7,36 @@ def group_linear_unpack(packed: int, stored: int, rows: int, columns: int, group
 def group_linear(
     x: int, codes: int, grid: int, y: int, tokens: int, rows: int, columns: int, group: int, bits: int, threads: int
 ) -> None: ...
+def codebook_linear(
+    x: int,
+    codes: int,
+    scale: int,
+    tables: int,
+    y: int,
+    tokens: int,
+    rows: int,
+    columns: int,
+    group: int,
+    bits: int,
+    shared: bool,
+    threads: int,
+) -> None: ...
+def seed_linear_bytes(rows: int, columns: int, bits: int) -> int: ...
+def seed_linear(
+    x: int,
+    codes: int,
+    y: int,
+    tokens: int,
+    rows: int,
+    columns: int,
+    bits: int,
+    offset: int,
+    threads: int,
+    table: bool,
+) -> None: ...
+def seed_encode(
+    w: int, codes: int, rows: int, columns: int, bits: int, offset: int, candidates: int, pick: bool, threads: int
+) -> None: ...
 
 class Decoder:
     def __init__(

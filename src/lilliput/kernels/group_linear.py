@@ -65,7 +65,7 @@ def pack(stored: Tensor, scale: Tensor, zero: Tensor | None, columns: int, bits:
     if scale.ndim != 2:
         raise UserError(f"the scale has the shape {tuple(scale.shape)}; it must be (rows, groups)")
     rows, groups = scale.shape
-    group = columns // groups if groups else 1
+    group = max(1, columns // max(1, groups))
     expected = (rows, columns if bits == 8 else -(-columns // 8) * bits)
     if stored.element_size() != 1 or stored.shape != expected or groups * group != columns:
         raise UserError(f"codes are {stored.dtype} {tuple(stored.shape)}; {bits} bits need bytes {expected}")

@@ -1,16 +1,14 @@
 // The inner loops of group_linear; compiled once for each instruction set, with LILLIPUT_TILES its name.
 #include "group_linear_tiles.hpp"
 
-#include "lanes.hpp"
+#include "quads.hpp"
 
 namespace {
 
 using namespace lilliput;
 
-constexpr int kVectors = kBlockRows / kWidth;                   // of a block
 constexpr int kMaxTokens = kWidth == 16 ? 5 : kWidth == 8 ? 2 : 1;  // whose sums the registers hold beside two blocks'
 constexpr int kMaxBlocks = kWidth == 16 ? 2 : 1;
-constexpr int kQuads = 8;  // of a piece
 constexpr int64_t kPanelTokens = 32;  // from which on codes are spread out once for all tokens
 
 // --- activations -------------------------------------------------------------------------------------------------
@@ -76,21 +74,6 @@ void prepare_tokens(const PackedMatrix& matrix, const float* x, int64_t tokens, 
 
 // --- weights -----------------------------------------------------------------------------------------------------
 
-/// Quad `i` of a chunk, from the lanes that begin at `chunk`.
-template <int Bits>
-inline Words quad(const uint8_t* chunk, int i) {
-  if constexpr (Bits == 8) {
-    return load_words(chunk + kVectorBytes * i);
-  } else if constexpr (Bits == 4) {
-    return (load_words(chunk + kVectorBytes * (i / 2)) >> (4 * (i % 2))) & 0x0f0f0f0fu;
-  } else {
-    const Words low = (load_words(chunk + kVectorBytes * (i / 4)) >> (2 * (i % 4))) & 0x03030303u;
-    if constexpr (Bits == 2) return low;
-    const Words high = load_words(chunk + kVectorBytes * 2);
-    return low | ((i < 2 ? high << (2 - i) : high >> (i - 2)) & 0x04040404u);
-  }
-}
-
 /// A byte for each code of a block: chunk after chunk, quad after quad.
 template <int Bits>
 void spread(const PackedMatrix& matrix, int64_t block, uint8_t* panel) {
@@ -112,14 +95,6 @@ struct Source {
 };
 
 // --- products ----------------------------------------------------------------------------------------------------
-
-void store_rows(Floats sums, int64_t row, int64_t rows, float* y) {
-  if (row + kWidth <= rows) {
-    std::memcpy(y + row, &sums, sizeof sums);
-  } else if (row < rows) {
-    std::memcpy(y + row, &sums, (rows - row) * sizeof(float));
-  }
-}
 
 /// sums += (codes - 2^(Bits-1)) . piece over the first `quads` quads, in units of the piece's scale.
 template <int Layout, int Bits>

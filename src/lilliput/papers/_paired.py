@@ -1,0 +1,54 @@
+"""Comparing language models on the same windows of text: differences in nats per token with their standard error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.edits import set_module
+from lilliput.workload import CausalLM, Workload, windows
+
+
+def drawn_test(workload: Workload, count: int, seed: int) -> Workload:
+    """The same workload with `count` windows of its test data, drawn without replacement."""
+    ids = torch.cat([batch["input_ids"] for batch in workload.test])
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    drawn = copy.copy(workload)
+    drawn.test = windows(ids[order[:count].sort().values], batch_size=8)
+    assert isinstance(drawn, CausalLM)
+    return drawn
+
+
+def advantage(ours: Tensor, other: Tensor) -> tuple[float, float]:
+    """Mean of other - ours over windows (positive: ours is better), and its standard error."""
+    gain = (other - ours).double()
+    return float(gain.mean()), float(gain.std() / len(gain) ** 0.5)
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Linear layers of any packed kind, by name."""
+    for name, layer in model.named_modules():
+        if hasattr(layer, "dequantized") and hasattr(layer, "in_features"):
+            yield name, layer
+
+
+@torch.no_grad()
+def as_float_(model: nn.Module) -> nn.Module:
+    """Packed linear layers as plain ones of the weights they stand for: only the weights differ then."""
+    for name, layer in list(packed_layers(model)):
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        linear.weight.copy_(layer.dequantized())
+        if layer.bias is not None:
+            linear.bias.copy_(layer.bias)
+        set_module(model, name, linear)
+    return model
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """All bytes of the packed linear layers, scales and tables counted, over their weights."""
+    packed = [layer for _, layer in packed_layers(model)]
+    return 8 * sum(m.weight_bytes for m in packed) / sum(m.in_features * m.out_features for m in packed)
