@@ -7,6 +7,22 @@ def group_linear_unpack(packed: int, stored: int, rows: int, columns: int, group
 def group_linear(
     x: int, codes: int, grid: int, y: int, tokens: int, rows: int, columns: int, group: int, bits: int, threads: int
 ) -> None: ...
+def dense_linear(
+    weights: int, rows: int, columns: int, bfloat16: bool, x: int, tokens: int, y: int, threads: int
+) -> None: ...
+def sparse_ffn(
+    x: int,
+    gate: int,
+    rectified: bool,
+    shift: float,
+    up: tuple[int, int, int, int, int, int],
+    up_bias: int,
+    down: tuple[int, int, int, int, int, int],
+    down_bias: int,
+    y: int,
+    tokens: int,
+    threads: int,
+) -> None: ...
 
 class Decoder:
     def __init__(
