@@ -1,3 +1,5 @@
+_Rows = tuple[int, int, int, int, int, int]  # format, addresses of values and grid, rows, columns, group
+
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def available_isas() -> list[str]: ...
@@ -13,21 +15,14 @@ def dense_linear(
 def sparse_ffn(
     x: int,
     gate: int,
-    rectified: bool,
-    shift: float,
-    up: tuple[int, int, int, int, int, int],
-    up_bias: int,
-    down: tuple[int, int, int, int, int, int],
-    down_bias: int,
+    part: tuple[_Rows, int, _Rows, int, bool, float],
     y: int,
     tokens: int,
     threads: int,
 ) -> None: ...
 
 class Decoder:
-    def __init__(
-        self, width: int, activation: str, norm: tuple[int, float, float], head: tuple[list[tuple], int]
-    ) -> None: ...
+    def __init__(self, width: int, norm: tuple[int, float, float], head: tuple[list[tuple], int]) -> None: ...
     def add_block(
         self,
         norms: list[tuple[int, float, float]],
@@ -38,6 +33,8 @@ class Decoder:
         scaling: float,
         window: int,
         rotary: int,
+        activation: str,
+        sparse: list[tuple[_Rows, int, _Rows, int, bool, float]],
     ) -> None: ...
     def run(
         self,

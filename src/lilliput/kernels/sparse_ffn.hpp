@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "steps.hpp"
 
@@ -37,9 +38,9 @@ struct RowMatrix {
 };
 
 struct SparseFfn {
-  const RowMatrix* up;   // null: none
-  const float* up_bias;  // null: none
-  RowMatrix down;        // (neurons, outputs)
+  std::optional<RowMatrix> up;  // (neurons, inputs)
+  const float* up_bias;         // null: none
+  RowMatrix down;               // (neurons, outputs)
   const float* down_bias;
   bool rectified;
   float shift;

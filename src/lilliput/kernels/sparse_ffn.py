@@ -23,6 +23,9 @@ from lilliput.errors import UserError
 from lilliput.kernels import _native, isa
 
 CHUNK = 32  # columns that int8 and int4 rows are filled up to
+NativeRows = tuple[int, int, int, int, int, int]  # format, addresses of values and grid, rows, columns, group
+NativePart = tuple[NativeRows, int, NativeRows, int, bool, float]
+NO_ROWS: NativeRows = (0, 0, 0, 0, 0, 1)
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}  # of values; uint8 holds two codes
 
 
@@ -118,13 +121,29 @@ def _sparse_ffn(
 ) -> Tensor:
     _check_inputs(x, gate)
     x, gate = x.contiguous(), gate.contiguous()
-    neurons, y = gate.shape[1], torch.empty(len(x), outputs)
-    above = (0, 0, 0, 0, 0, 1) if up is None else _matrix(up, up_grid, neurons, x.shape[1], "up")
-    below = _matrix(down, down_grid, neurons, outputs, "down")
-    biases = _bias(up_bias, neurons, "up"), _bias(down_bias, outputs, "down")
-    _native.sparse_ffn(x.data_ptr(), gate.data_ptr(), rectified, shift, above, biases[0], below, biases[1],
-                       y.data_ptr(), len(x), torch.get_num_threads())  # fmt: skip
+    y, sizes = torch.empty(len(x), outputs), (x.shape[1], gate.shape[1], outputs)
+    part = native_part(sizes, shift, (up, up_grid), up_bias, (down, down_grid), down_bias, rectified)
+    _native.sparse_ffn(x.data_ptr(), gate.data_ptr(), part, y.data_ptr(), len(x), torch.get_num_threads())
     return y
+
+
+def native_part(
+    sizes: tuple[int, int, int],
+    shift: float,
+    up: tuple[Tensor | None, Tensor | None],
+    up_bias: Tensor | None,
+    down: tuple[Tensor, Tensor | None],
+    down_bias: Tensor | None,
+    rectified: bool = True,
+) -> NativePart:
+    """What the native side takes for `sizes` (inputs, neurons, outputs). Raises UserError when something does not fit.
+
+    It holds addresses: the caller keeps the tensors.
+    """
+    inputs, neurons, outputs = sizes
+    above = NO_ROWS if up[0] is None else _matrix(up[0], up[1], neurons, inputs, "up")
+    below = _matrix(*down, neurons, outputs, "down")
+    return above, _bias(up_bias, neurons, "up"), below, _bias(down_bias, outputs, "down"), rectified, shift
 
 
 def _check_inputs(x: Tensor, gate: Tensor) -> None:
@@ -136,10 +155,8 @@ def _check_inputs(x: Tensor, gate: Tensor) -> None:
         raise UserError(f"x has {len(x)} tokens and the gate {len(gate)}; give the same tokens")
 
 
-def _matrix(
-    values: Tensor, grid: Tensor | None, rows: int, columns: int, name: str
-) -> tuple[int, int, int, int, int, int]:
-    """What the native side takes: format, addresses of values and grid, sizes. Raises UserError when they do not fit."""
+def _matrix(values: Tensor, grid: Tensor | None, rows: int, columns: int, name: str) -> NativeRows:
+    """What the native side takes: format, addresses of values and grid, sizes. Raises UserError."""
     kind = FORMATS.get(values.dtype)
     if kind is None or values.device.type != "cpu" or not values.is_contiguous():
         found = f"{values.dtype} on {values.device}"
