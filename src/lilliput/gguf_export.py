@@ -145,6 +145,9 @@ def _check_config(model: Any) -> None:
         raise UserError(f"cannot write {kind!r} as GGUF; models of type llama and qwen2 of transformers can be written")
     if config.hidden_act != "silu":
         raise UserError(f"the model's activation is {config.hidden_act!r}; llama.cpp has only silu in Llama models")
+    changed = (m for m in model.modules() if hasattr(m, "rebuild_config") and not hasattr(type(m), "weight_bytes"))
+    if (module := next(changed, None)) is not None:
+        raise UserError(f"the model holds a {type(module).__name__}, which llama.cpp does not have")
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):
         raise UserError("the model has sliding-window layers, which llama.cpp does not have in its qwen2 models")
     rotation = (config.rope_parameters or {}).get("rope_type", "default")

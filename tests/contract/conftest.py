@@ -1,6 +1,6 @@
 """What the contract tests share: a third tiny model, and each method applied once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -54,6 +54,17 @@ def pointwise_work():
         inputs = [torch.randn(16, 1, 16, 16) for _ in range(8)]
         batches = [{"input": x, "label": model(x).argmax(-1)} for x in inputs]
     return Workload.classifier(model, batches[:2], batches[2:4], batches[4:6], training=batches[6:], name="pointwise")
+
+
+@pytest.fixture
+def relu_work(llama_work):
+    """The tiny Llama with an activation that is exactly zero half of the time, as its config says."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    old = llama_work.model
+    model = LlamaForCausalLM(LlamaConfig(**{**old.config.to_dict(), "hidden_act": "relu"})).eval()
+    model.load_state_dict(old.state_dict())
+    return replace(llama_work, model=model, name="tiny-relu-llama")
 
 
 @dataclass

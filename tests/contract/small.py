@@ -5,12 +5,13 @@ from torch import nn
 from lilliput.errors import UserError
 from lilliput.method import Method, find_method
 
-WORKS = ("cnn_work", "pointwise_work", "llama_work")
+WORKS = ("cnn_work", "pointwise_work", "llama_work", "relu_work")
 
 SMALL = {
     "distill.hidden": {"steps": 4},
     "distill.logits": {"steps": 4},
     "factorize.targeted": {"rounds": 1},
+    "layers.relufy": {"stage": 2, "sparsity": 0.7},
     "prune.heads": {"ratio": 0.5},
     "prune.neurons": {"round_to": 8},
     "quantize.codebook": {"samples": 64, "rounds": 2},

@@ -26,6 +26,7 @@ from lilliput.method import (
     find_method,
     method_names,
 )
+from lilliput.methods.layers._sparsity import sparsity_report
 from lilliput.metrics.memory import weight_bytes
 from lilliput.plan import Plan, Step
 
@@ -187,8 +188,8 @@ def test_float_weights_are_taken_exactly_when_it_says_so(name, work_name, applie
     if takes:
         assert not stayed
     else:
-        kept = {n for n, m in done.model.named_modules() if getattr(m, "rebuild_config", None)}
-        assert not kept
+        packed = {n for n, m in done.model.named_modules() if hasattr(type(m), "weight_bytes")}
+        assert not packed
         assert all(p.is_floating_point() for p in done.model.parameters())
 
 
@@ -296,6 +297,9 @@ def test_the_effect_has_the_promised_sign(name, work_name, applied):
         assert compressed_bytes(done.model) < compressed_bytes(done.work.model)
     elif "smaller" in effect or "size only" in effect:
         assert after < before
+    elif "sparse activations" in effect:
+        before, after = (silent_neurons(done.work, model) for model in (done.work.model, done.model))
+        assert after > max(before, 0.2)
     elif "fewer layers" in effect:
         assert len(float_layers(done.model)) < len(float_layers(done.work.model))
     elif "wins back quality" in effect:
@@ -303,6 +307,12 @@ def test_the_effect_has_the_promised_sign(name, work_name, applied):
         assert distance_after(done) < 0.9 * distance(done.work, damaged(done.work.model))
     else:
         pytest.fail(f"the effect {effect!r} promises nothing that can be measured")
+
+
+def silent_neurons(work, model):
+    """Share of exact zeros among the neurons of all feed-forward parts."""
+    shares = [layer.zeros for layer in sparsity_report(model, work, (1,), "calibration")]
+    return sum(shares) / len(shares)
 
 
 def damaged(model):

@@ -53,15 +53,24 @@ Linear linear(int64_t rows, int64_t columns) {
   }
 }
 
+SparseFfn sparse(int64_t neurons, int64_t width) {
+  const auto rows = [&] {
+    return RowMatrix{RowFormat::float32, random_floats(neurons * width), nullptr, neurons, width, width};
+  };
+  return {rows(), random_floats(neurons), rows(), nullptr, true, 0.1f};
+}
+
 void check(int64_t width, int64_t heads, int64_t kv_heads, int64_t dim, int64_t middle, int64_t window, int threads) {
   const int64_t vocabulary = 21, length = 141, blocks = 3;
   const auto norm = [](int64_t size) { return Norm{random_floats(size), 1e-6f, 1.0f}; };
-  Decoder decoder(width, Activation::gelu_tanh, norm(width), linear(vocabulary, width));
+  Decoder decoder(width, norm(width), linear(vocabulary, width));
   for (int64_t i = 0; i < blocks; ++i) {
     decoder.add_block({norm(width), norm(dim), norm(dim), norm(width), norm(width), i ? norm(width) : Norm{},
                        linear(heads * dim, width), linear(kv_heads * dim, width), linear(kv_heads * dim, width),
-                       linear(width, heads * dim), linear(middle, width), linear(middle, width), linear(width, middle),
-                       heads, kv_heads, dim, 0.3f, window, 0});
+                       linear(width, heads * dim), linear(middle, width),
+                       i == 2 ? Linear{} : linear(middle, width), i == 2 ? Linear{} : linear(width, middle), heads,
+                       kv_heads, dim, 0.3f, window, 0, i ? Activation::relu : Activation::gelu_tanh,
+                       i == 2 ? std::optional(sparse(middle, width)) : std::nullopt});
   }
   const Rotary rotary{random_floats(length * dim), random_floats(length * dim)};
   const float* inputs = random_floats(length * width, 1.0f);

@@ -141,8 +141,8 @@ class NativeSteps(Reference):
         _native.norm_rows(y.data_ptr(), y.numel() // y.shape[-1], y.shape[-1], row)
         return y
 
-    def gate(self, gate, up):
-        _native.gate_values(self.parts.activation, gate.data_ptr(), up.data_ptr(), gate.numel())
+    def gate(self, b, gate, up):
+        _native.gate_values(b.activation, gate.data_ptr(), up.data_ptr(), gate.numel())
         return gate
 
     def rotate(self, x, cos, sin, scaling=1.0):

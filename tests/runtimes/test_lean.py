@@ -64,6 +64,7 @@ MODELS = {
             }
         },
     ),
+    "llama, relu": ("Llama", {"hidden_act": "relu"}),
     "qwen2": ("Qwen2", {}),
     "qwen2 4:1, tied": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "qwen2, windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
@@ -212,7 +213,7 @@ REFUSED = {
         lambda: build("Gemma3Text", head_dim=8, final_logit_softcapping=30.0),
         "no final logit softcapping",
     ),
-    "relu": (lambda: build("Llama", hidden_act="relu"), "this model has relu"),
+    "gelu": (lambda: build("Llama", hidden_act="gelu"), "this model has gelu"),
     "half precision": (lambda: build("Llama").bfloat16(), "float32.*bfloat16"),
     "moving positions": (
         lambda: build("Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),

@@ -1,3 +1,5 @@
+_Rows = tuple[int, int, int, int, int, int]  # format, addresses of values and grid, rows, columns, group
+
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def available_isas() -> list[str]: ...
@@ -37,11 +39,20 @@ def seed_linear(
 def seed_encode(
     w: int, codes: int, rows: int, columns: int, bits: int, offset: int, candidates: int, pick: bool, threads: int
 ) -> None: ...
+def dense_linear(
+    weights: int, rows: int, columns: int, bfloat16: bool, x: int, tokens: int, y: int, threads: int
+) -> None: ...
+def sparse_ffn(
+    x: int,
+    gate: int,
+    part: tuple[_Rows, int, _Rows, int, bool, float],
+    y: int,
+    tokens: int,
+    threads: int,
+) -> None: ...
 
 class Decoder:
-    def __init__(
-        self, width: int, activation: str, norm: tuple[int, float, float], head: tuple[list[tuple], int]
-    ) -> None: ...
+    def __init__(self, width: int, norm: tuple[int, float, float], head: tuple[list[tuple], int]) -> None: ...
     def add_block(
         self,
         norms: list[tuple[int, float, float]],
@@ -52,6 +63,8 @@ class Decoder:
         scaling: float,
         window: int,
         rotary: int,
+        activation: str,
+        sparse: list[tuple[_Rows, int, _Rows, int, bool, float]],
     ) -> None: ...
     def run(
         self,

@@ -36,8 +36,8 @@ void multiply(const DenseMatrix& matrix, const float* x, int64_t tokens, int64_t
   dense_tiles().multiply(matrix, x, tokens, first_block, last_block, y);
 }
 
-Decoder::Decoder(int64_t width, Activation activation, Norm norm, Linear head)
-    : width_(width), activation_(activation), norm_(norm), head_(std::move(head)), workspace_(new Workspace) {}
+Decoder::Decoder(int64_t width, Norm norm, Linear head)
+    : width_(width), norm_(norm), head_(std::move(head)), workspace_(new Workspace) {}
 
 Decoder::~Decoder() = default;
 

@@ -11,6 +11,7 @@
 
 #include "dense_linear.hpp"
 #include "group_linear.hpp"
+#include "sparse_ffn.hpp"
 
 namespace lilliput {
 
@@ -28,9 +29,10 @@ struct Linear {
   const float* bias;
 };
 
-enum class Activation { silu, gelu_tanh };
+enum class Activation { silu, gelu_tanh, relu };
 
-/// One block; norms that a family lacks are null.
+/// One block; norms that a family lacks are null. With `sparse` the feed-forward part is the gate and that; up and down
+/// have no factors then.
 struct Block {
   Norm attention_norm, query_norm, key_norm, after_attention_norm, mlp_norm, after_mlp_norm;
   Linear q, k, v, o, gate, up, down;
@@ -38,6 +40,8 @@ struct Block {
   float scaling;   // of queries
   int64_t window;  // keys that a query may see
   int rotary;      // index of the table of its rotary embedding
+  Activation activation;
+  std::optional<SparseFfn> sparse;
 };
 
 /// Cosines and sines (positions, head_dim) of a rotary embedding.
@@ -65,7 +69,7 @@ class Workspace;
 
 class Decoder {
  public:
-  Decoder(int64_t width, Activation activation, Norm norm, Linear head);
+  Decoder(int64_t width, Norm norm, Linear head);
   ~Decoder();
 
   void add_block(Block block);
@@ -80,7 +84,6 @@ class Decoder {
  private:
   friend class Walk;
   int64_t width_;
-  Activation activation_;
   Norm norm_;
   Linear head_;
   std::vector<Block> blocks_;

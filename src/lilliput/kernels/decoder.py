@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lilliput.errors import UserError
 from lilliput.kernels import _native
-from lilliput.kernels.decoder_parts import Block, Norm, Parts, parts_of, refusals
+from lilliput.kernels.decoder_parts import Block, Norm, Parts, outputs, parts_of, refusals
+from lilliput.kernels.sparse_ffn import NativePart, native_part
 
 FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of dense weights
 LONGEST_CHAIN = 2  # factors of a layer
@@ -112,9 +113,14 @@ class Reference(_AnyDecoder):
             attended = self._attention(b, self.norm(hidden, b.attention_norm), cache, i)
             hidden = hidden + self.norm(self.linear(b.o, attended), b.after_attention_norm)
             x = self.norm(hidden, b.mlp_norm)
-            gated = self.gate(self.linear(b.gate, x), self.linear(b.up, x))
-            hidden = hidden + self.norm(self.linear(b.down, gated), b.after_mlp_norm)
+            hidden = hidden + self.norm(self.feed_forward(b, x), b.after_mlp_norm)
         return hidden
+
+    def feed_forward(self, b: Block, x: Tensor) -> Tensor:
+        """The feed-forward part of normed x (T, d)."""
+        if b.sparse is not None:
+            return b.sparse(x)
+        return self.linear(b.down, self.gate(b, self.linear(b.gate, x), self.linear(b.up, x)))
 
     def _attention(self, b: Block, x: Tensor, cache: Cache, index: int) -> Tensor:
         start, end = cache.filled, cache.filled + len(x)
@@ -137,9 +143,11 @@ class Reference(_AnyDecoder):
         weight = norm.weight + norm.offset if norm.offset else norm.weight
         return F.rms_norm(x, (x.shape[-1],), weight, norm.epsilon)
 
-    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+    def gate(self, b: Block, gate: Tensor, up: Tensor) -> Tensor:
         """activation(gate) * up"""
-        return (F.silu(gate) if self.parts.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+        if b.activation == "relu":
+            return F.relu(gate - b.shift) * up
+        return (F.silu(gate) if b.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, scaling: float = 1.0) -> Tensor:
         """Rotary position of x (T, heads, dim), cos, sin (T, dim): (x cos + (-second half, first half) sin) scaling"""
@@ -164,9 +172,7 @@ class Decoder(_AnyDecoder):
             raise UserError(f"the native decoder has no product for {layers[0]}; use Reference")
         self._kept: list[Tensor] = []  # memory that the native side reads
         parts, self._kinds = self.parts, self.parts.positions()
-        self._native = _native.Decoder(
-            len(parts.norm.weight), parts.activation, self._norm_row(parts.norm), self._linear_row(parts.head)
-        )
+        self._native = _native.Decoder(len(parts.norm.weight), self._norm_row(parts.norm), self._linear_row(parts.head))
         for block in parts.blocks:
             self._add(block)
         self._vocabulary = self._linear_row(parts.head)[0][-1][3]
@@ -174,24 +180,41 @@ class Decoder(_AnyDecoder):
     def _add(self, b: Block) -> None:
         before = (b.attention_norm, b.query_norm, b.key_norm, b.after_attention_norm, b.mlp_norm, b.after_mlp_norm)
         norms = [self._norm_row(norm) for norm in before]
-        linears = [self._linear_row(layer) for layer in (b.q, b.k, b.v, b.o, b.gate, b.up, b.down)]
-        kind = self._kinds.index(b.positions)
-        self._native.add_block(norms, linears, b.heads, b.kv_heads, b.head_dim, b.scaling, b.window, kind)
+        linears = [self._linear_row(layer) for layer in (b.q, b.k, b.v, b.o)]
+        linears.append(self._linear_row(b.gate, b.shift if b.sparse is None else 0.0))
+        linears += [([], 0), ([], 0)] if b.sparse else [self._linear_row(layer) for layer in (b.up, b.down)]
+        shape = b.heads, b.kv_heads, b.head_dim, b.scaling, b.window, self._kinds.index(b.positions)
+        self._native.add_block(norms, linears, *shape, b.activation, self._sparse_row(b))
+
+    def _sparse_row(self, b: Block) -> list[NativePart]:
+        """What stands in the place of up and down, if anything does."""
+        if b.sparse is None:
+            return []
+        up, up_bias, down, down_bias = b.sparse.sparse_parts()
+        above = (None, None) if up is None else (up.values, up.grid)
+        self._kept += [t for t in (*above, up_bias, down.values, down.grid, down_bias) if t is not None]
+        sizes = b.sparse.inputs, b.sparse.neurons, down.columns
+        return [native_part(sizes, b.sparse.shift, above, up_bias, (down.values, down.grid), down_bias)]
 
     def _norm_row(self, norm: Norm | None) -> tuple[int, float, float]:
         return (0, 0.0, 0.0) if norm is None else (self._address(norm.weight), norm.epsilon, norm.offset)
 
-    def _linear_row(self, layer: nn.Module) -> tuple[list[Factor], int]:
+    def _linear_row(self, layer: nn.Module, shift: float = 0.0) -> tuple[list[Factor], int]:
+        """Factors and bias, from which the shift of a ReLU behind the layer is taken away."""
         chain = _chain(layer)
         bias = getattr(chain[-1], "bias", None)
+        if shift:
+            bias = (torch.zeros(outputs(layer)) if bias is None else bias) - shift
         return [self._factor(part) for part in chain], 0 if bias is None else self._address(bias)
 
     def _factor(self, layer: Any) -> Factor:
         if hasattr(layer, "layout"):
             codes, grid = layer.layout()
             return "packed", self._address(codes), self._address(grid), *_packed_shape(layer)
-        rows, columns = layer.weight.shape
-        return FORMATS[layer.weight.dtype], self._address(layer.weight), 0, rows, columns, columns, 0
+        weight = _dense_weight(layer)
+        assert weight is not None
+        rows, columns = weight.shape
+        return FORMATS[weight.dtype], self._address(weight), 0, rows, columns, columns, 0
 
     def _address(self, tensor: Tensor) -> int:
         self._kept.append(tensor)
@@ -215,8 +238,10 @@ class Decoder(_AnyDecoder):
 
 def foreign_layers(parts: Parts) -> list[str]:
     """What the native decoder has no product for; empty when it runs the model."""
-    blocks = [(i, name) for i in range(len(parts.blocks)) for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    layers = {f"{name} of block {i}": getattr(parts.blocks[i], name) for i, name in blocks} | {"the head": parts.head}
+    layers = {"the head": parts.head}
+    for i, block in enumerate(parts.blocks):
+        names = ("q", "k", "v", "o", "gate") if block.sparse else ("q", "k", "v", "o", "gate", "up", "down")
+        layers |= {f"{name} of block {i}": getattr(block, name) for name in names}
     return [f"{name}: {why}" for name, layer in layers.items() if (why := _foreign(layer))]
 
 
@@ -228,12 +253,20 @@ def _foreign(layer: nn.Module) -> str:
     for part in chain:
         if hasattr(part, "layout"):
             continue
-        if type(part) is not nn.Linear:
+        weight = _dense_weight(part)
+        if weight is None:
             return f"a {type(part).__name__}"
-        if part.weight.dtype not in FORMATS or not part.weight.is_contiguous() or part.weight.device.type != "cpu":
-            return f"weights are {part.weight.dtype} on {part.weight.device}, or not contiguous"
+        if weight.dtype not in FORMATS or not weight.is_contiguous() or weight.device.type != "cpu":
+            return f"weights are {weight.dtype} on {weight.device}, or not contiguous"
     bias = getattr(chain[-1], "bias", None)
     return "" if bias is None or bias.dtype == torch.float32 else f"a bias of {bias.dtype}"
+
+
+def _dense_weight(layer: Any) -> Tensor | None:
+    """Weights (out, in) of an ordinary linear layer, or of one that stores rows of its outputs; None of others."""
+    if type(layer) is nn.Linear:
+        return layer.weight
+    return layer.values if getattr(layer, "by", "") == "outputs" else None
 
 
 def _chain(layer: Any) -> list[Any]:

@@ -9,7 +9,7 @@
 
 #include "decoder.hpp"
 #include "decoder_tiles.hpp"
-#include "module.hpp"
+#include "sparse_ffn_module.hpp"
 
 namespace nb = nanobind;
 
@@ -42,17 +42,21 @@ Norm norm(const NormRow& row) { return {at<const float>(std::get<0>(row)), std::
 Activation activation(const std::string& name) {
   if (name == "silu") return Activation::silu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
   throw std::invalid_argument("unknown activation: " + name);
 }
 
 /// Norms: of the attention, the queries, the keys, after the attention, of the MLP, after it. Linears: q, k, v, o, gate,
-/// up, down.
+/// up, down. `sparse` is empty, or holds what stands in the place of up and down.
 void add_block(Decoder& decoder, const std::vector<NormRow>& n, const std::vector<LinearRow>& l, int64_t heads,
-               int64_t kv_heads, int64_t head_dim, float scaling, int64_t window, int rotary) {
+               int64_t kv_heads, int64_t head_dim, float scaling, int64_t window, int rotary, const std::string& name,
+               const std::vector<SparseRow>& sparse) {
+  std::optional<SparseFfn> part;
+  if (!sparse.empty()) part = sparse_part(sparse[0]);
   if (n.size() != 6 || l.size() != 7) throw std::invalid_argument("a block has 6 norms and 7 linear layers");
   decoder.add_block({norm(n[0]), norm(n[1]), norm(n[2]), norm(n[3]), norm(n[4]), norm(n[5]), linear(l[0]), linear(l[1]),
                      linear(l[2]), linear(l[3]), linear(l[4]), linear(l[5]), linear(l[6]), heads, kv_heads, head_dim,
-                     scaling, window, rotary});
+                     scaling, window, rotary, activation(name), part});
 }
 
 /// Caches: addresses of the tables of keys and values of each sequence; rotaries: of cosines and sines.
@@ -117,8 +121,8 @@ void bind(nb::module_& m) {
   m.def("dense_rows", &dense_rows);
   nb::class_<Decoder>(m, "Decoder")
       .def("__init__",
-           [](Decoder* self, int64_t width, const std::string& name, const NormRow& final_norm, const LinearRow& head) {
-             new (self) Decoder(width, activation(name), norm(final_norm), linear(head));
+           [](Decoder* self, int64_t width, const NormRow& final_norm, const LinearRow& head) {
+             new (self) Decoder(width, norm(final_norm), linear(head));
            })
       .def("add_block", &add_block)
       .def("run", &run);

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Gemma3ForCausalLM")
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 POSITIONS = ("default", "linear", "llama3", "yarn")  # rotary embeddings that do not depend on the length of the text
 NO_WINDOW = 2**40  # keys: more than any text has
 
@@ -46,6 +46,9 @@ class Block:
     scaling: float  # of queries
     window: int  # keys that a query may see
     positions: str  # the kind of layer whose rotary embedding it takes
+    activation: str
+    shift: float  # of a relu: max(0, x - shift)
+    sparse: Any = None  # a feed-forward part that reads only the neurons that fire, in the place of the three layers
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,6 @@ class Parts:
     blocks: list[Block]
     norm: Norm
     head: nn.Module
-    activation: str
     rotary: Any
 
     def positions(self) -> list[str]:
@@ -77,8 +79,7 @@ def parts_of(model: nn.Module) -> Parts:
     config, inner = whole.config, whole.model
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(inner.layers)
     blocks = [_block(layer, kind, config) for layer, kind in zip(inner.layers, kinds)]
-    activation = ACTIVATIONS[_activation(config)]
-    return Parts(inner.embed_tokens, blocks, _norm(inner.norm), whole.lm_head, activation, inner.rotary_emb)
+    return Parts(inner.embed_tokens, blocks, _norm(inner.norm), whole.lm_head, inner.rotary_emb)
 
 
 def refusals(model: nn.Module) -> list[str]:
@@ -96,6 +97,9 @@ def refusals(model: nn.Module) -> list[str]:
         reasons.append(f"lean computes in float32, this model is in {str(dtype).removeprefix('torch.')}")
     if not all(hasattr(b.self_attn, "q_proj") and hasattr(b.mlp, "gate_proj") for b in whole.model.layers):
         reasons.append("a block has no attention or no feed-forward part")
+    norms = (m for b in whole.model.layers for name, m in b.named_children() if "norm" in name)
+    if any(hasattr(norm, "rebuild_config") for norm in norms):
+        reasons.append("lean has no norm with a ReLU behind it")
     unlike = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
     reasons += [f"lean has no {name.replace('_', ' ')}" for name in unlike if getattr(config, name, None)]
     return reasons
@@ -103,7 +107,8 @@ def refusals(model: nn.Module) -> list[str]:
 
 def _block(layer: Any, kind: str, config: Any) -> Block:
     attention, mlp, gemma = layer.self_attn, layer.mlp, hasattr(layer, "pre_feedforward_layernorm")
-    dim = attention.head_dim
+    dim, activation = attention.head_dim, getattr(mlp, "act_fn", None)
+    rectified = hasattr(activation, "shift")  # in the place of the one that the config names
     return Block(
         _norm(layer.input_layernorm),
         _norm(attention.q_norm) if gemma else None,
@@ -124,6 +129,9 @@ def _block(layer: Any, kind: str, config: Any) -> Block:
         scaling=attention.scaling,
         window=config.sliding_window if kind == "sliding_attention" else NO_WINDOW,
         positions=kind if gemma else "",
+        activation="relu" if rectified else ACTIVATIONS[_activation(config)],
+        shift=float(activation.shift) if rectified else 0.0,  # pyright: ignore
+        sparse=mlp if hasattr(mlp, "sparse_parts") else None,
     )
 
 

@@ -42,10 +42,13 @@ Floats gelu_tanh(Floats x) {
   return x / (1.0f + exponential(-twice));
 }
 
+/// max(0, x), NaN for NaN
+Floats relu(Floats x) { return x <= Floats{} ? Floats{} : x; }
+
 void gate(Activation activation, const float* gate, const float* up, int64_t count, float* y) {
   for (int64_t i = 0; i < count; i += kWidth) {
     const Floats x = load_part(gate + i, count - i), factor = load_part(up + i, count - i);
-    const Floats active = activation == Activation::silu ? silu(x) : gelu_tanh(x);
+    const Floats active = activation == Activation::silu ? silu(x) : activation == Activation::relu ? relu(x) : gelu_tanh(x);
     store_part(active * factor, count - i, y + i);
   }
 }

@@ -44,7 +44,7 @@ namespace {
 
 /// The largest sizes that any step needs, per token.
 struct Sizes {
-  int64_t q = 0, kv = 0, middle = 0, between = 0, input = 0, pieces = 0;
+  int64_t q = 0, kv = 0, middle = 0, between = 0, input = 0, pieces = 0, sparse = 0;
 
   void see(const Linear& linear) {
     for (const Matrix& m : linear.factors) {
@@ -59,6 +59,7 @@ struct Sizes {
     q = std::max(q, b.heads * b.head_dim);
     kv = std::max(kv, b.kv_heads * b.head_dim);
     middle = std::max(middle, rows_of(b.gate.factors.back()));
+    if (b.sparse) sparse = std::max(sparse, b.sparse->neurons());
   }
 };
 
@@ -82,7 +83,10 @@ void Workspace::grow(const Decoder& decoder, int64_t width, const Linear& head, 
   for (auto& pair : between) {
     for (Room<float>& room : pair) room.of(tokens * sizes.between);
   }
-  summand.of(tokens * width);
+  for (Room<float>* room : {&summand, &normed}) room->of(tokens * width);
+  hidden_values.of(tokens * sizes.sparse);
+  hidden_index.of(tokens * sizes.sparse);
+  hidden_count.of(tokens);
   if (tokens > kOwnTokens) grow_inputs(inputs, sizes, tokens);
   if (static_cast<int>(own.size()) < threads) own.resize(threads);
   for (Own& each : own) {
@@ -119,7 +123,7 @@ void Walk::fill(Input& input, InputRoom& room, int slot, int64_t first, int64_t 
     const float* x = source.x + t * source.width;
     float* y = floats + t * source.width;
     if (source.norm) tiles().rms_norm(x, *source.norm, source.width, y);
-    if (source.up) tiles().gate(decoder_.activation_, x, source.up + t * source.width, source.width, y);
+    if (source.up) tiles().gate(source.activation, x, source.up + t * source.width, source.width, y);
     if (input.like) prepare(*input.like, plain ? x : y, 1, room.pieces[slot].data() + t * input.like->pieces());
   }
   input.x = plain ? source.x : floats;
@@ -194,12 +198,17 @@ void Walk::apply(std::initializer_list<const Linear*> linears, std::initializer_
 }
 
 void Walk::add_output(const Linear& linear, const Norm& norm, const Source& source) {
+  apply({&linear}, {room_.summand.data()}, source, call_.tokens, norm.weight ? nullptr : call_.hidden);
+  if (norm.weight) add_summand(norm);
+}
+
+void Walk::add_summand(const Norm& norm) {
   float *y = room_.summand.data(), *hidden = call_.hidden;
   const int64_t width = decoder_.width_;
-  apply({&linear}, {y}, source, call_.tokens, norm.weight ? nullptr : hidden);
-  if (!norm.weight) return;
   walker_.share(call_.tokens, 4, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) tiles().rms_norm(y + t * width, norm, width, y + t * width);
+    for (int64_t t = first; t < last; ++t) {
+      if (norm.weight) tiles().rms_norm(y + t * width, norm, width, y + t * width);
+    }
     for (int64_t i = first * width; i < last * width; ++i) hidden[i] += y[i];
   });
 }
@@ -253,10 +262,26 @@ void Walk::attention(const Block& block, size_t index) {
   add_output(block.o, block.after_attention_norm, attended);
 }
 
+/// The neurons that fired need the normed input as floats: it is made once for all threads.
+void Walk::sparse_feed_forward(const Block& block) {
+  const int64_t width = decoder_.width_;
+  float *normed = room_.normed.data(), *gate = room_.gate.data();
+  walker_.share(call_.tokens, 4, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      tiles().rms_norm(call_.hidden + t * width, block.mlp_norm, width, normed + t * width);
+    }
+  });
+  apply({&block.gate}, {gate}, Source{normed, width}, call_.tokens);
+  const Fired fired{room_.hidden_index.data(), room_.hidden_values.data(), room_.hidden_count.data()};
+  sparse_ffn(*block.sparse, normed, gate, call_.tokens, room_.summand.data(), fired, walker_);
+  add_summand(block.after_mlp_norm);
+}
+
 void Walk::feed_forward(const Block& block) {
+  if (block.sparse) return sparse_feed_forward(block);
   const Source normed{call_.hidden, decoder_.width_, &block.mlp_norm};
   apply({&block.gate, &block.up}, {room_.gate.data(), room_.up.data()}, normed, call_.tokens);
-  const Source gated{room_.gate.data(), rows_of(block.gate.factors.back()), nullptr, room_.up.data()};
+  const Source gated{room_.gate.data(), rows_of(block.gate.factors.back()), nullptr, room_.up.data(), block.activation};
   add_output(block.down, block.after_mlp_norm, gated);
 }
 

@@ -41,7 +41,9 @@ class Workspace {
     Room<float> scores;
   };
 
-  Room<float> q, k, v, attended, gate, up, summand;
+  Room<float> q, k, v, attended, gate, up, summand, normed, hidden_values;
+  Room<int32_t> hidden_index;
+  Room<int64_t> hidden_count;
   std::array<std::array<Room<float>, 2>, kProducts> between;  // two factors of a chain
   InputRoom inputs;
   std::vector<Own> own;  // of each thread
@@ -82,6 +84,7 @@ class Walk {
     int64_t width;
     const Norm* norm = nullptr;
     const float* up = nullptr;
+    Activation activation = Activation::silu;
   };
   struct Product {
     const Matrix* matrix;
@@ -100,6 +103,7 @@ class Walk {
 
   void attention(const Block& block, size_t index);
   void feed_forward(const Block& block);
+  void sparse_feed_forward(const Block& block);
   void place_token(const Block& block, size_t index, int64_t token);
   void attend(const Block& block, size_t index, int64_t head, const Tile& tile);
   /// outputs[i] = linears[i](source); with `add_to`, which takes one linear, it is added to that.
@@ -107,6 +111,8 @@ class Walk {
              int64_t tokens, float* add_to = nullptr);
   /// hidden += norm(linear(source))
   void add_output(const Linear& linear, const Norm& norm, const Source& source);
+  /// hidden += norm(summand)
+  void add_summand(const Norm& norm);
   void multiply_step(const Product* products, int count, int64_t tokens);
   void multiply_part(const Product& product, const Input& input, int64_t first, int64_t last, int64_t tokens);
   int collect_inputs(const Product* products, int count, Input* inputs, int* input_of) const;
