@@ -113,14 +113,6 @@ struct Source {
 
 // --- products ----------------------------------------------------------------------------------------------------
 
-void store_rows(Floats sums, int64_t row, int64_t rows, float* y) {
-  if (row + kWidth <= rows) {
-    std::memcpy(y + row, &sums, sizeof sums);
-  } else if (row < rows) {
-    std::memcpy(y + row, &sums, (rows - row) * sizeof(float));
-  }
-}
-
 /// sums += (codes - 2^(Bits-1)) . piece over the first `quads` quads, in units of the piece's scale.
 template <int Layout, int Bits>
 inline Ints dot_piece(const uint8_t* chunk, const Piece& piece, int quads = kQuads) {
