@@ -13,6 +13,7 @@ SMALL = {
     "factorize.targeted": {"rounds": 1},
     "prune.heads": {"ratio": 0.5},
     "prune.neurons": {"round_to": 8},
+    "quantize.binary": {"steps": 2},
     "quantize.data_free": {"size": 16, "samples": 16, "steps": 4, "search": 4},
     "quantize.gpfq": {"samples": 64},
     "quantize.gptq": {"samples": 64},

@@ -7,6 +7,46 @@ def group_linear_unpack(packed: int, stored: int, rows: int, columns: int, group
 def group_linear(
     x: int, codes: int, grid: int, y: int, tokens: int, rows: int, columns: int, group: int, bits: int, threads: int
 ) -> None: ...
+def binary_linear_isa() -> str: ...
+def binary_linear_peak(rounds: int) -> int: ...
+def binary_linear_size(rows: int, segments: int, segment_inputs: int) -> int: ...
+def binary_linear_pack(positive: int, codes: int, rows: int, segments: int, segment_inputs: int) -> None: ...
+def binary_linear_unpack(codes: int, signs: int, rows: int, segments: int, segment_inputs: int) -> None: ...
+def binary_linear(
+    x: int,
+    codes: int,
+    scale: int,
+    levels: int,
+    planes: int,
+    shift: int,
+    by_mean: bool,
+    y: int,
+    tokens: int,
+    rows: int,
+    inputs: int,
+    threads: int,
+) -> None: ...
+def binary_weight_linear(
+    x: int, codes: int, scale: int, y: int, tokens: int, rows: int, inputs: int, threads: int
+) -> None: ...
+def binary_conv2d(
+    x: int,
+    size: list[int],
+    channels_last: bool,
+    codes: int,
+    scale: int,
+    rows: int,
+    levels: int,
+    planes: int,
+    shift: int,
+    by_mean: bool,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    y: int,
+    threads: int,
+) -> None: ...
 
 class Decoder:
     def __init__(

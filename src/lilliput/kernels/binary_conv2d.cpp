@@ -60,9 +60,11 @@ struct Pixels {
   int64_t plane_bytes;
 };
 
-Pixels pack_pixels(const SignMatrix& matrix, const Binarizer& how, const ConvShape& shape, const float* x, int threads) {
+Pixels pack_pixels(const SignMatrix& matrix, const Binarizer& how, const ConvShape& shape, const float* x,
+                   int threads) {
   const int64_t area = shape.height * shape.width, count = shape.pictures * area, bytes = matrix.segment_bytes();
-  Pixels pixels{std::vector<uint8_t>(how.planes * count * bytes), std::vector<float>(how.by_mean ? count : 0), count * bytes};
+  Pixels pixels{std::vector<uint8_t>(how.planes * count * bytes), std::vector<float>(how.by_mean ? count : 0),
+                count * bytes};
   const auto target = [&](int64_t pixel) {
     return SignTarget{pixels.bits.data() + pixel * bytes, pixels.plane_bytes, bytes,
                       how.by_mean ? pixels.means.data() + pixel : nullptr};
@@ -86,7 +88,8 @@ Pixels pack_pixels(const SignMatrix& matrix, const Binarizer& how, const ConvSha
 
 /// What to add to the sums of a position for each pair of border kinds, (kinds, kinds, blocks * 16): the signs of the
 /// taps outside the picture.
-std::vector<int32_t> outside_sums(const SignMatrix& matrix, const ConvShape& shape, const Borders& down, const Borders& across) {
+std::vector<int32_t> outside_sums(const SignMatrix& matrix, const ConvShape& shape, const Borders& down,
+                                  const Borders& across) {
   const int64_t rows = matrix.blocks() * kSignRows;
   std::vector<int32_t> sums(matrix.segments * rows), found(down.sets.size() * across.sets.size() * rows);
   binary_linear_tiles().segment_sums(matrix, sums.data());

@@ -1,7 +1,7 @@
 """A 2-D convolution whose weights are signs with a scale per filter, on activations that become signs.
 
-The product is that of `binary_linear` with the taps of the filter as its segments; pixels are packed once, channels side
-by side. Places outside the picture are neither +1 nor -1: they count nothing, as in a convolution with zero padding.
+The product is that of `binary_linear` with the taps of the filter as its segments; pixels are packed once, channels
+side by side. Places outside the picture are neither +1 nor -1: they count nothing, as with zero padding.
 With `by_mean` (XNOR-Net's K) an output position is multiplied with the mean over the taps under the filter of
 mean_c |x - shift|, where outside places are 0.
 """
@@ -22,9 +22,7 @@ LIMIT = 2**24  # of a size, stride, padding or dilation
 Pair = Sequence[int]
 
 
-def box_mean(
-    x: Tensor, shift: Tensor | None, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
-) -> Tensor:
+def box_mean(x: Tensor, shift: Tensor | None, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """K (B, 1, H', W') of x (B, C, H, W): the mean under the filter of the mean over channels of |x - shift|."""
     moved = x if shift is None else x - along(shift, x, 1)
     box = torch.full((1, 1, *kernel), 1 / (kernel[0] * kernel[1]), dtype=x.dtype)
@@ -102,9 +100,7 @@ def _fake(x, codes, scale, levels, shift, by_mean, kernel, stride, padding, dila
     if x.dtype != torch.float32 or x.ndim != 4:
         raise UserError(f"x is {x.dtype} with shape {tuple(x.shape)}; binary_conv2d takes (B, C, H, W) in float32")
     _check_places(kernel, stride, padding, dilation)
-    size = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)
-    ]
+    size = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
     if min(size) < 1:
         raise UserError(f"a filter of {kernel} with dilation {dilation} does not fit into {tuple(x.shape[2:])} pixels")
     y = x.new_empty(x.shape[0], scale.shape[0], *size)

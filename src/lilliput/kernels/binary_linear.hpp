@@ -1,7 +1,7 @@
 // Products with weights that are signs: y_tn = k_t scale_n sum_k sign(w_nk) x_tk, one bit for a weight.
 //
-// The inputs of a row are `segments` of equal length (the taps of a convolution; a linear layer has one), each filled up
-// to whole bytes; a row is filled up to whole 32-bit words. Bit i of byte j of a segment is input 8 j + i, 1 for +1;
+// The inputs of a row are `segments` of equal length (the taps of a convolution; a linear layer has one), each filled
+// up to whole bytes; a row is filled up to whole 32-bit words. Bit i of byte j of a segment is input 8 j + i, 1 for +1;
 // filling is 0. 16 rows (a block) stand side by side, a 32-bit lane each: word i of a block is 64 bytes.
 //
 // Activations are `planes` of signs with a coefficient each (residual binarisation): r_0 = x - shift,

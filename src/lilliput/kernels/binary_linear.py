@@ -124,7 +124,9 @@ def _binary_weight_linear(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 def _check_tokens(x: Tensor) -> None:
     if x.dtype != torch.float32 or x.ndim != 2:
-        raise UserError(f"x is {x.dtype} with shape {tuple(x.shape)}; a binary product takes (tokens, inputs) in float32")
+        raise UserError(
+            f"x is {x.dtype} with shape {tuple(x.shape)}; a binary product takes (tokens, inputs) in float32"
+        )
 
 
 def check_codes(codes: Tensor, rows: int, segments: int, inputs: int) -> None:

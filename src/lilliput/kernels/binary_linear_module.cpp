@@ -17,6 +17,9 @@ void bind(nb::module_& m) {
   const auto free_gil = nb::call_guard<nb::gil_scoped_release>();
   m.def("binary_linear_isa", &binary_linear_isa, "the copy of the inner loops in use: scalar, avx2 or avx512");
   m.def(
+      "binary_linear_peak", [](int64_t rounds) { return binary_linear_tiles().peak(rounds); }, free_gil,
+      "compares and counts signs in registers; how many");
+  m.def(
       "binary_linear_size",
       [](int64_t rows, int64_t segments, int64_t segment_inputs) {
         return matrix(0, 0, rows, segments, segment_inputs).codes_bytes();

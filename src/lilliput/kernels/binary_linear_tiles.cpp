@@ -56,7 +56,8 @@ inline Words splat_word(uint32_t word) { return word - Words{}; }
 
 /// counts[s][v]: bits in which the `Sums` rows of words at `bits` differ from the rows of `Blocks` blocks.
 template <int Sums, int Blocks>
-inline void count(const SignMatrix& matrix, const uint8_t* codes, const uint32_t* bits, Ints (&counts)[Sums][Blocks * kVectors]) {
+inline void count(const SignMatrix& matrix, const uint8_t* codes, const uint32_t* bits,
+                  Ints (&counts)[Sums][Blocks * kVectors]) {
   constexpr int kCount = Blocks * kVectors;
   const int64_t words = matrix.words(), block_bytes = matrix.block_bytes();
   for (int s = 0; s < Sums; ++s) {
@@ -67,7 +68,8 @@ inline void count(const SignMatrix& matrix, const uint8_t* codes, const uint32_t
     Ints run[Sums][kCount] = {};
     for (int64_t i = start; i < end; ++i) {
       for (int v = 0; v < kCount; ++v) {
-        const Words w = load_words(codes + (v / kVectors) * block_bytes + i * kSignVectorBytes + (v % kVectors) * 4 * kWidth);
+        const int64_t lanes = (v / kVectors) * block_bytes + (v % kVectors) * 4 * kWidth;
+        const Words w = load_words(codes + lanes + i * kSignVectorBytes);
         for (int s = 0; s < Sums; ++s) run[s][v] += ones(w ^ splat_word(bits[s * words + i]));
       }
     }
@@ -146,7 +148,8 @@ void segment_sums(const SignMatrix& matrix, int32_t* sums) {
       for (int v = 0; v < kVectors; ++v) {
         Ints total = {};
         for (int64_t word = begin / 4; word * 4 < end; ++word) {
-          const int64_t before = begin > word * 4 ? begin - word * 4 : 0, after = word * 4 + 4 > end ? word * 4 + 4 - end : 0;
+          const int64_t before = begin > word * 4 ? begin - word * 4 : 0;
+          const int64_t after = word * 4 + 4 > end ? word * 4 + 4 - end : 0;
           const uint32_t mask = 0xffffffffu << (8 * before) & 0xffffffffu >> (8 * after);
           total += widen(ones(load_words(codes + word * kSignVectorBytes + 4 * kWidth * v) & mask));
         }
@@ -155,6 +158,30 @@ void segment_sums(const SignMatrix& matrix, int32_t* sums) {
       }
     }
   }
+}
+
+/// The three instructions of `count` alone, on operands that never leave the registers: what no product can exceed.
+int64_t peak(int64_t rounds) {
+  constexpr int kSums = kWidth == 16 ? 16 : 4;
+  Words w = splat_word(0x12345678u);
+  Ints sums[kSums] = {};
+  for (int64_t round = 0; round < rounds; ++round) {
+    for (int s = 0; s < kSums; ++s) {
+      Words hidden = w;
+#if defined(__AVX512VPOPCNTDQ__)
+      __asm__ volatile("" : "+v"(hidden), "+v"(sums[s]));
+#elif defined(__x86_64__)
+      __asm__ volatile("" : "+x"(hidden), "+x"(sums[s]));
+#else
+      __asm__ volatile("" : "+m"(hidden), "+m"(sums[s]));
+#endif
+      sums[s] += ones(hidden ^ splat_word(static_cast<uint32_t>(s)));
+    }
+  }
+  for (int s = 1; s < kSums; ++s) sums[0] += sums[s];
+  const volatile int32_t kept = sums[0][0];
+  (void)kept;
+  return rounds * kSums * kWidth * 32;
 }
 
 // --- signs of activations ----------------------------------------------------------------------------------------
@@ -331,7 +358,9 @@ void float_tile(const SignMatrix& matrix, const float* x, int64_t block, float* 
   for (int t = 0; t < Tokens; ++t) {
     for (int v = 0; v < kCount; ++v) {
       const int64_t row = block * kSignRows + v * kWidth, left = matrix.rows - row;
-      for (int64_t i = 0; i < kWidth && i < left; ++i) y[t * matrix.rows + row + i] = sums[t][v][i] * matrix.scale[row + i];
+      for (int64_t i = 0; i < kWidth && i < left; ++i) {
+        y[t * matrix.rows + row + i] = sums[t][v][i] * matrix.scale[row + i];
+      }
     }
   }
 }
@@ -359,6 +388,6 @@ void multiply_floats(const SignMatrix& matrix, const float* x, int64_t tokens, i
 
 namespace lilliput {
 
-const BinaryLinearTiles LILLIPUT_TILES{pack_rows, pack_columns, multiply, segment_sums, multiply_floats};
+const BinaryLinearTiles LILLIPUT_TILES{pack_rows, pack_columns, multiply, segment_sums, multiply_floats, peak};
 
 }  // namespace lilliput

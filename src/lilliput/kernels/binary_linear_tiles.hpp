@@ -36,6 +36,8 @@ struct BinaryLinearTiles {
   /// binary_weight_linear for the blocks first .. last-1.
   void (*multiply_floats)(const SignMatrix& matrix, const float* x, int64_t tokens, int64_t first, int64_t last,
                           float* y);
+  /// Differs, counts and adds `rounds` times in registers; the number of signs that were compared.
+  int64_t (*peak)(int64_t rounds);
 };
 
 extern const BinaryLinearTiles binary_linear_scalar, binary_linear_avx2, binary_linear_avx512;
