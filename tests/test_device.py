@@ -96,6 +96,7 @@ def test_peak_of_types():
     assert TOY.peak("fp32") == TOY.peak("bf16") == 8e9
     assert TOY.peak("int8") == TOY.peak("int4") == 32e9
     assert TOY.peak("fp32", threads=1) == 2e9
+    assert TOY.peak("binary") == 8 * TOY.peak("int8")
     with pytest.raises(UserError, match="'fp64'"):
         TOY.peak("fp64")
 

@@ -21,7 +21,8 @@ from lilliput.errors import UserError
 
 LEVELS = ("L1d", "L2", "L3", "memory")  # from small and fast to large and slow
 STAND_INS = {"fp16": ("fp32",), "bf16": ("fp32",), "int8": ("fp32",), "int4": ("int8", "fp32")}
-DTYPES = ("fp32", *STAND_INS)
+SIGNS_PER_BYTE = 8  # "binary" has no figure of its own: a vector of bytes holds eight times as many signs
+DTYPES = ("fp32", *STAND_INS, "binary")
 _FOLDER = Path(__file__).parent / "devices"
 _VERSION = 1  # of the way a machine is probed; a new one makes every machine probe again
 
@@ -122,6 +123,8 @@ class Device:
         """Operations a second; a type the machine has no figure for runs as the next wider one it has."""
         if dtype not in DTYPES:
             raise UserError(f"the type is {dtype!r}; choose one of {', '.join(DTYPES)}")
+        if dtype == "binary" and dtype not in self.peak_gops:
+            return SIGNS_PER_BYTE * self.peak("int8", threads)
         known = next(t for t in (dtype, *STAND_INS.get(dtype, ())) if t in self.peak_gops)
         return 1e9 * self.peak_gops[known] * self._threads(threads) / self.cores
 

@@ -14,6 +14,7 @@ SMALL = {
     "layers.relufy": {"stage": 2, "sparsity": 0.7},
     "prune.heads": {"ratio": 0.5},
     "prune.neurons": {"round_to": 8},
+    "quantize.binary": {"steps": 2},
     "quantize.codebook": {"samples": 64, "rounds": 2},
     "quantize.data_free": {"size": 16, "samples": 16, "steps": 4, "search": 4},
     "quantize.dkm": {"steps": 4},

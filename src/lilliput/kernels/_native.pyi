@@ -48,6 +48,44 @@ def sparse_ffn(
     part: tuple[_Rows, int, _Rows, int, bool, float],
     y: int,
     tokens: int,
+def binary_linear_isa() -> str: ...
+def binary_linear_peak(rounds: int) -> int: ...
+def binary_linear_size(rows: int, segments: int, segment_inputs: int) -> int: ...
+def binary_linear_pack(positive: int, codes: int, rows: int, segments: int, segment_inputs: int) -> None: ...
+def binary_linear_unpack(codes: int, signs: int, rows: int, segments: int, segment_inputs: int) -> None: ...
+def binary_linear(
+    x: int,
+    codes: int,
+    scale: int,
+    levels: int,
+    planes: int,
+    shift: int,
+    by_mean: bool,
+    y: int,
+    tokens: int,
+    rows: int,
+    inputs: int,
+    threads: int,
+) -> None: ...
+def binary_weight_linear(
+    x: int, codes: int, scale: int, y: int, tokens: int, rows: int, inputs: int, threads: int
+) -> None: ...
+def binary_conv2d(
+    x: int,
+    size: list[int],
+    channels_last: bool,
+    codes: int,
+    scale: int,
+    rows: int,
+    levels: int,
+    planes: int,
+    shift: int,
+    by_mean: bool,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    y: int,
     threads: int,
 ) -> None: ...
 

@@ -6,6 +6,7 @@
 
 #include "group_linear_tiles.hpp"
 #include "isa.hpp"
+#include "scratch.hpp"
 #include "thread_pool.hpp"
 
 namespace lilliput {
@@ -29,13 +30,7 @@ const GroupLinearTiles& tiles() {
   return group_linear_scalar;
 }
 
-/// Room that a thread keeps from call to call.
-template <class T, int Use>
-T* scratch(int64_t count) {
-  thread_local std::vector<T> room;
-  if (static_cast<int64_t>(room.size()) < count) room.resize(count);
-  return room.data();
-}
+struct Panel {};
 
 // --- layout ------------------------------------------------------------------------------------------------------
 
@@ -122,14 +117,14 @@ void prepare(const PackedMatrix& matrix, const float* x, int64_t tokens, Piece* 
 
 void multiply(const PackedMatrix& matrix, const Piece* pieces, int64_t tokens, int64_t first_block, int64_t last_block,
               float* y) {
-  uint8_t* panel = scratch<uint8_t, 0>(kPanelBlocks * matrix.chunks() * 8 * kVectorBytes);
+  uint8_t* panel = scratch<uint8_t, Panel>(kPanelBlocks * matrix.chunks() * 8 * kVectorBytes);
   tiles().multiply(matrix, pieces, tokens, first_block, last_block, y, panel);
 }
 
 void group_linear(const PackedMatrix& matrix, const float* x, int64_t tokens, float* y, int threads) {
   const int64_t token_bytes = matrix.pieces() * static_cast<int64_t>(sizeof(Piece));
   const int64_t together = std::max<int64_t>(16, kActivationBytes / std::max<int64_t>(1, token_bytes));
-  Piece* pieces = scratch<Piece, 1>(std::min(tokens, together) * matrix.pieces());
+  Piece* pieces = scratch<Piece, Panel>(std::min(tokens, together) * matrix.pieces());
   for (int64_t start = 0; start < tokens; start += together, x += together * matrix.columns, y += together * matrix.rows) {
     const int64_t count = std::min(together, tokens - start);
     const int64_t worth = std::max<int64_t>(1, matrix.codes_bytes() * count / kThreadBytes);

@@ -69,6 +69,15 @@ inline auto lower_half(Lanes lanes, std::index_sequence<I...>) {
   return __builtin_shufflevector(lanes, lanes, I...);
 }
 
+/// The lanes of `values` that stand for rows below `rows`, the first for `row`, into y.
+inline void store_rows(Floats values, int64_t row, int64_t rows, float* y) {
+  if (row + kWidth <= rows) {
+    std::memcpy(y + row, &values, sizeof values);
+  } else if (row < rows) {
+    std::memcpy(y + row, &values, (rows - row) * sizeof(float));
+  }
+}
+
 /// All `Count` lanes by `combine`, upper half with lower half again and again: the same order at every width.
 template <int Count, class Lanes, class Combine>
 inline auto reduce(Lanes lanes, Combine combine) {
