@@ -226,6 +226,8 @@ def _foreign(layer: nn.Module) -> str:
         return f"{len(chain)} factors, or a bias between them"
     for part in chain:
         if hasattr(part, "layout"):
+            if getattr(part, "product", "integer") != "integer":
+                return f"products by {part.product}"
             continue
         if type(part) is not nn.Linear:
             return f"a {type(part).__name__}"
