@@ -138,7 +138,9 @@ def test_whole_activations_within_the_tables_are_exact(isa):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(ISAS), st.integers(1, 140), st.sampled_from([1e-38, 1e-20, 1.0, 1e20, 1e34]), st.integers(0, 999))
+@given(
+    st.sampled_from(ISAS), st.integers(1, 140), st.sampled_from([1e-38, 1e-20, 1.0, 1e20, 1e34]), st.integers(0, 999)
+)
 def test_tables_are_rounded_as_the_reference_says(isa, group, size, seed):
     """Two rows of 1-bit codes whose difference shows the entries themselves: bits as drawn, and none."""
     x = activations(1, group, seed) * size

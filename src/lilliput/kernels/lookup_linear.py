@@ -1,8 +1,8 @@
 """y = x W^T with W (N, K) packed in 4, 3, 2 or 1 bits, by looking up sums of activations in tables.
 
-W_nk = (q_nk - 2^(b-1)) scale_ng + zero_ng, the stored format of `group_linear`; this is another way to execute it. With
-the bits of a code as signs, 2 (q - 2^(b-1)) = sum_i 2^i sign_i - 1. So 4 inputs of a group have one table T of the 16 sums
-of their activations with either sign, for all rows, and 4 bits of a plane of a row are an index into it:
+W_nk = (q_nk - 2^(b-1)) scale_ng + zero_ng, the stored format of `group_linear`; this is another way to execute it.
+With the bits of a code as signs, 2 (q - 2^(b-1)) = sum_i 2^i sign_i - 1. So 4 inputs of a group have one table T of the
+16 sums of their activations with either sign, for all rows, and 4 bits of a plane of a row are an index into it:
 
     y_n = sum_g scale_ng (1/2 sum_t step_t sum_i 2^i T_t[index_int] - 1/2 sum_k x_k)  +  zero_ng sum_k x_k
 
@@ -43,7 +43,11 @@ def reference(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, bits: int) -> T
     found = torch.zeros(len(x), len(q), shape[0], dtype=torch.float64)
     for plane in range(bits):
         index = ((q >> plane & 1) << torch.arange(INPUTS)).sum(-1)  # (N, groups, tables)
-        chosen = entries.unsqueeze(1).expand(-1, len(q), -1, -1, -1).gather(-1, index.expand(len(x), *index.shape)[..., None])
+        chosen = (
+            entries.unsqueeze(1)
+            .expand(-1, len(q), -1, -1, -1)
+            .gather(-1, index.expand(len(x), *index.shape)[..., None])
+        )
         found += 2**plane * (chosen.squeeze(-1) * steps.double().unsqueeze(1)).sum(-1)
     inputs = x.double().sum(-1)
     return ((found - inputs.unsqueeze(1)) / 2 * scale.double()).sum(-1) + inputs @ zero.double().T
