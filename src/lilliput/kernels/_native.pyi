@@ -9,6 +9,34 @@ def group_linear_unpack(packed: int, stored: int, rows: int, columns: int, group
 def group_linear(
     x: int, codes: int, grid: int, y: int, tokens: int, rows: int, columns: int, group: int, bits: int, threads: int
 ) -> None: ...
+def dense_linear(
+    weights: int, rows: int, columns: int, bfloat16: bool, x: int, tokens: int, y: int, threads: int
+) -> None: ...
+def sparse_ffn(
+    x: int,
+    gate: int,
+    part: tuple[_Rows, int, _Rows, int, bool, float],
+    y: int,
+    tokens: int,
+    threads: int,
+) -> None: ...
+def norm_rows(x: int, rows: int, width: int, norm: tuple[int, float, float]) -> None: ...
+def gate_values(activation: str, gate: int, up: int, count: int) -> None: ...
+def rotate_heads(x: int, tokens: int, heads: int, dim: int, cos: int, sin: int, scaling: float) -> None: ...
+def attend_heads(
+    queries: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    position: int,
+    keys: int,
+    values: int,
+    kv_heads: int,
+    length: int,
+    window: int,
+    out: int,
+) -> None: ...
+def dense_rows(weights: int, rows: int, columns: int, bfloat16: bool, x: int, tokens: int, y: int) -> None: ...
 def codebook_linear(
     x: int,
     codes: int,
@@ -39,15 +67,6 @@ def seed_linear(
 def seed_encode(
     w: int, codes: int, rows: int, columns: int, bits: int, offset: int, candidates: int, pick: bool, threads: int
 ) -> None: ...
-def dense_linear(
-    weights: int, rows: int, columns: int, bfloat16: bool, x: int, tokens: int, y: int, threads: int
-) -> None: ...
-def sparse_ffn(
-    x: int,
-    gate: int,
-    part: tuple[_Rows, int, _Rows, int, bool, float],
-    y: int,
-    tokens: int,
 def binary_linear_isa() -> str: ...
 def binary_linear_peak(rounds: int) -> int: ...
 def binary_linear_size(rows: int, segments: int, segment_inputs: int) -> int: ...
@@ -88,6 +107,12 @@ def binary_conv2d(
     y: int,
     threads: int,
 ) -> None: ...
+def lookup_linear_sizes(rows: int, columns: int, group: int, bits: int) -> tuple[int, int]: ...
+def lookup_linear_pack(stored: int, packed: int, rows: int, columns: int, group: int, bits: int) -> None: ...
+def lookup_linear_unpack(packed: int, stored: int, rows: int, columns: int, group: int, bits: int) -> None: ...
+def lookup_linear(
+    x: int, codes: int, grid: int, y: int, tokens: int, rows: int, columns: int, group: int, bits: int, threads: int
+) -> None: ...
 
 class Decoder:
     def __init__(self, width: int, norm: tuple[int, float, float], head: tuple[list[tuple], int]) -> None: ...
@@ -115,21 +140,3 @@ class Decoder:
         first_logits: int,
         threads: int,
     ) -> None: ...
-
-def norm_rows(x: int, rows: int, width: int, norm: tuple[int, float, float]) -> None: ...
-def gate_values(activation: str, gate: int, up: int, count: int) -> None: ...
-def rotate_heads(x: int, tokens: int, heads: int, dim: int, cos: int, sin: int, scaling: float) -> None: ...
-def attend_heads(
-    queries: int,
-    tokens: int,
-    heads: int,
-    dim: int,
-    position: int,
-    keys: int,
-    values: int,
-    kv_heads: int,
-    length: int,
-    window: int,
-    out: int,
-) -> None: ...
-def dense_rows(weights: int, rows: int, columns: int, bfloat16: bool, x: int, tokens: int, y: int) -> None: ...

@@ -252,6 +252,8 @@ def _foreign(layer: nn.Module) -> str:
         return f"{len(chain)} factors, or a bias between them"
     for part in chain:
         if hasattr(part, "layout"):
+            if getattr(part, "product", "integer") != "integer":
+                return f"products by {part.product}"
             continue
         weight = _dense_weight(part)
         if weight is None:

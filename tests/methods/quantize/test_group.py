@@ -96,3 +96,16 @@ def test_bytes_are_those_of_the_bits():
 def test_settings_outside_their_choices_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         Group(**settings)
+
+
+def test_layers_choose_how_products_are_executed(llama_work):
+    model = Group(bits=3, group=32).apply(
+        llama_work.model, layers={"model.layers.0.*": {"product": "lookup"}, "lm_head": {}}
+    )
+    assert model.model.layers[0].mlp.up_proj.product == "lookup"
+    assert model.lm_head.product == "integer"
+    same = Group(bits=3, group=32).apply(llama_work.model, layers=["model.layers.0.*", "lm_head"])
+    batch = llama_work.calibration[0]
+    with torch.no_grad():
+        a, b = (llama_work.forward(m, batch) for m in (model, same))
+    assert 0 < (a - b).norm() < 0.05 * b.norm()

@@ -276,7 +276,7 @@ def test_a_group_that_does_not_divide_is_refused(kind):
 
 
 def test_other_bit_widths_are_refused():
-    with pytest.raises(UserError, match="bits is 5; choose 2, 3, 4 or 8"):
+    with pytest.raises(UserError, match="bits is 5; choose 1, 2, 3, 4 or 8"):
         PackedLinear(64, 64, 5, 32)
 
 
@@ -301,3 +301,36 @@ def test_only_plain_linear_layers_inside_a_model_can_be_packed():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": Special(8, 8), "c": nn.Sequential(nn.Linear(8, 8), nn.ReLU())})
     assert quantizable(model) == ["a", "c.0"]
     assert quantizable(nn.Linear(8, 8)) == []
+
+
+# --- products by lookup ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2, 1])
+def test_both_products_execute_the_same_stored_weights(bits):
+    torch.manual_seed(bits)
+    w, x = torch.randn(70, 96), torch.randn(3, 96)
+    scale, zero = choose_grid(w, bits, 32)
+    layer = PackedLinear.from_codes(
+        round_to_grid(w, scale, zero, bits), scale, zero, bits, 32, torch.randn(70), product="lookup"
+    )
+    state = layer.state_dict()
+    expected = x @ layer.dequantized().T + layer.bias
+    assert (layer(x) - expected).norm() < 0.01 * expected.norm()
+    assert all(torch.equal(v, layer.state_dict()[k]) for k, v in state.items())  # the executed layout is not stored
+    again = PackedLinear(**layer.rebuild_config())
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x), layer(x))
+    if bits > 1:
+        other = PackedLinear(**layer.rebuild_config() | {"product": "integer"})
+        other.load_state_dict(layer.state_dict())
+        assert (other(x) - layer(x)).norm() < 0.02 * expected.norm()
+
+
+def test_a_product_that_cannot_be_is_refused():
+    with pytest.raises(UserError, match="product is 'magic'"):
+        PackedLinear(32, 8, 4, 32, product="magic")
+    with pytest.raises(UserError, match=r"lookup product takes .* not 8"):
+        PackedLinear(32, 8, 8, 32, product="lookup")
+    with pytest.raises(UserError, match=r"integer product takes .* not 1"):
+        PackedLinear(32, 8, 1, 32)

@@ -1,7 +1,7 @@
-"""Linear layers and embeddings whose weights stay packed: 8, 4, 3 or 2 bits on disk and in memory.
+"""Linear layers and embeddings whose weights stay packed: 8, 4, 3, 2 or 1 bits on disk and in memory.
 
-Products run on the kernel of `lilliput.kernels.group_linear`, which reads the weights packed and rounds activations to
-8 bits per token and 32 inputs.
+Products run on one of two kernels that read the weights packed: `lilliput.kernels.group_linear` rounds activations to
+8 bits per token and 32 inputs, `lilliput.kernels.lookup_linear` looks up their sums in tables of 8 bits.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from lilliput.anatomy import anatomy
 from lilliput.edits import set_module
 from lilliput.errors import UserError
-from lilliput.kernels import group_linear as kernel
+from lilliput.kernels import group_linear as integer
+from lilliput.kernels import lookup_linear as lookup
 from lilliput.methods.quantize._grid import dequantize
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRODUCTS = {  # how a product is executed -> to its layout and back, the kernel, the bits it takes
+    "integer": (integer.pack, integer.unpack, integer.group_linear, (8, 4, 3, 2)),
+    "lookup": (lookup.pack, lookup.unpack, lookup.lookup_linear, lookup.BITS),
+}
 CHUNK_ROWS = 256  # rows converted at a time, so that the temporaries stay small
 
 
@@ -58,8 +63,8 @@ class _Packed(nn.Module):
 
     def __init__(self, rows: int, columns: int, bits: int, group: int):
         super().__init__()
-        if bits not in (2, 3, 4, 8):
-            raise UserError(f"bits is {bits}; choose 2, 3, 4 or 8")
+        if bits not in (1, 2, 3, 4, 8):
+            raise UserError(f"bits is {bits}; choose 1, 2, 3, 4 or 8")
         if group < 1 or columns % group:
             raise UserError(f"group {group} does not divide the {columns} inputs of the layer")
         self.rows, self.columns, self.bits, self.group = rows, columns, bits, group
@@ -109,6 +114,7 @@ class PackedLinear(_Packed):
     The first product moves the weights into the layout that the kernel executes: the buffers `codes`, `scale` and
     `zero` are None from then on. What is saved, and what `tensors` gives, is always the portable layout above. Codes
     that are `shared` with an embedding stay as they are, beside that layout. For torch.export, run the layer before.
+    `product` chooses the kernel, "integer" or "lookup"; what is stored is the same.
     """
 
     bias: Tensor | None
@@ -116,20 +122,38 @@ class PackedLinear(_Packed):
     _grid: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, bits: int, group: int, bias: bool = False, shared: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        group: int,
+        bias: bool = False,
+        shared: bool = False,
+        product: str = "integer",
     ):
         super().__init__(out_features, in_features, bits, group)
-        self.in_features, self.out_features, self.shared = in_features, out_features, shared
+        if product not in PRODUCTS:
+            raise UserError(f"product is {product!r}; choose one of {', '.join(PRODUCTS)}")
+        if bits not in PRODUCTS[product][3]:
+            raise UserError(f"the {product} product takes {PRODUCTS[product][3]} bits, not {bits}; choose another one")
+        self.in_features, self.out_features, self.shared, self.product = in_features, out_features, shared, product
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self.register_buffer("_codes", None, persistent=False)  # in the executed layout
         self.register_buffer("_grid", None, persistent=False)
 
     @classmethod
     def from_codes(
-        cls, q: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group: int, bias: Tensor | None = None
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        bits: int,
+        group: int,
+        bias: Tensor | None = None,
+        product: str = "integer",
     ) -> PackedLinear:
         """A layer of codes (N, K), scale and zero (N, K / group) and bias (N,)."""
-        layer = cls(q.shape[1], q.shape[0], bits, group, bias is not None)
+        layer = cls(q.shape[1], q.shape[0], bits, group, bias is not None, product=product)
         layer.set_codes_(q, scale, zero)
         if bias is not None:
             layer.bias = bias.detach().float().clone()
@@ -144,6 +168,7 @@ class PackedLinear(_Packed):
             "group": self.group,
             "bias": self.bias is not None,
             "shared": self.shared,
+            "product": self.product,
         }
 
     def extra_repr(self) -> str:
@@ -163,7 +188,8 @@ class PackedLinear(_Packed):
         """(M, in_features) -> (M, out_features) by the kernel, without the bias."""
         if not rows.is_floating_point():
             raise UserError(f"the input of a packed layer is {rows.dtype}; give float32 or bfloat16")
-        y = kernel.group_linear(rows.float(), *self.layout(), self.out_features, self.group, self.bits)
+        multiply = PRODUCTS[self.product][2]
+        y = multiply(rows.float(), *self.layout(), self.out_features, self.group, self.bits)
         return y.to(rows.dtype)
 
     def layout(self) -> tuple[Tensor, Tensor]:
@@ -177,7 +203,8 @@ class PackedLinear(_Packed):
     def _lay_out_(self) -> None:
         stored = super().tensors()
         grids = stored["scale"], stored.get("zero")
-        self._codes, self._grid = kernel.pack(stored["codes"], *grids, self.in_features, self.bits)
+        pack = PRODUCTS[self.product][0]
+        self._codes, self._grid = pack(stored["codes"], *grids, self.in_features, self.bits)
         if not self.shared:
             for name in stored:
                 setattr(self, name, None)
@@ -190,7 +217,8 @@ class PackedLinear(_Packed):
         if self._codes is None or self._grid is None or self.shared:
             return super().tensors()
         shape = (self.out_features, self.in_features, self.group, self.bits)
-        return dict(zip(("codes", "scale", "zero"), kernel.unpack(self._codes, self._grid, *shape)))
+        unpack = PRODUCTS[self.product][1]
+        return dict(zip(("codes", "scale", "zero"), unpack(self._codes, self._grid, *shape)))
 
     def dequantized(self) -> Tensor:
         tensors = self.tensors()
@@ -277,9 +305,10 @@ def replace_linears_(model: nn.Module, layers: Mapping[str, Any], codes_of: Call
         linear = model.get_submodule(name)
         try:
             q, scale, zero, bits, group = codes_of(name, linear, settings)  # type: ignore[arg-type]
+            product = getattr(settings, "product", "integer")
+            packed = PackedLinear.from_codes(q, scale, zero, bits, group, linear.bias, product)
         except UserError as error:
             raise UserError(f"layer {name!r}: {error}") from None
-        packed = PackedLinear.from_codes(q, scale, zero, bits, group, linear.bias)
         if name == plan.head and plan.tied:
             _share_with_embedding_(model, plan.embedding, packed)
         set_module(model, name, packed)

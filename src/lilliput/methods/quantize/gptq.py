@@ -135,6 +135,9 @@ class Gptq(Method):
     act_order: bool = knob(False, choices=(False, True), help="columns with the largest inputs first")
     search: int = knob(10, low=0, high=40, help="smaller ranges tried per group; 0 keeps the group's own")
     samples: int = knob(4096, low=1, high=10**7, log=True, help="calibration tokens (text) or inputs to look at")
+    product: str = knob(
+        "integer", choices=("integer", "lookup"), per_layer=True, help="how products are executed; lookup up to 4 bits"
+    )
     facts: ClassVar = Facts(
         stage="quantize",
         needs={FLOAT_WEIGHTS},

@@ -1,7 +1,8 @@
 """Group-wise rounding of weights to 4, 3 or 2 bits.   w ~ (q - 2^(b-1)) s + z,  one s and z per group of inputs
 
-All of them run on our packed kernel, which reads the weights as they are stored.
-Measured: results/kernels.csv.
+All of them run on our packed kernels, which read the weights as they are stored: the integer product, or sums of
+activations looked up in tables (T-MAC, arXiv 2407.00088). The native decoder has the integer product only.
+Measured: results/kernels.csv, results/lookup.csv.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Group(Method):
     bits: int = knob(4, choices=(4, 3, 2), per_layer=True, help="bits per weight")
     group: int = knob(64, choices=(32, 64, 128), per_layer=True, help="weights that share a scale and a zero")
     search: int = knob(10, low=0, high=40, help="smaller ranges tried per group; 0 keeps the group's own")
+    product: str = knob("integer", choices=("integer", "lookup"), per_layer=True, help="how products are executed")
     facts: ClassVar = Facts(
         stage="quantize",
         needs={FLOAT_WEIGHTS},
