@@ -48,13 +48,13 @@ FEATURES = (
     "float operations",
     "int8 operations",
     "operations of factors",
+    "activations",
     "float layers",
     "int8 layers",
-    "factored layers",
     "changes",
 )  # of the latency model
-BITS = (1.0, 1.0, 0.0, 0.5)  # share of the layers in 8 bits, in turn: mostly all, as in good settings
-PROBES = 18  # genomes that teach the latency
+BITS = (1.0, 1.0, 0.0, 1.0, 0.5)  # share of the layers in 8 bits, in turn: mostly all, as in good settings
+PROBES = 20  # genomes that teach the latency
 
 
 @dataclass
@@ -63,6 +63,7 @@ class _Layer:
 
     ops: float
     weights: int
+    activations: float  # bytes read and written
     int8_unit: int
     rank_unit: int
     out_unit: int
@@ -87,17 +88,19 @@ class FeedforwardSpace(Space):
             return 1.0
         return kept_count(self.widths[unit], method.ratio, method.round_to) / self.widths[unit]
 
-    def rows(self, genome: Genome) -> list[tuple[bool, float, float, int]]:
-        """(int8?, operations, weights, how many layers) of what becomes of each layer."""
+    def rows(self, genome: Genome) -> list[tuple[bool, float, float, int, float]]:
+        """(int8?, operations, weights, how many layers, bytes of activations) of what becomes of each layer."""
         found = []
         for layer in self.layers:
-            share = self.left(layer.out_unit, genome) * self.left(layer.in_unit, genome)
+            outputs, inputs = self.left(layer.out_unit, genome), self.left(layer.in_unit, genome)
+            share, moved = outputs * inputs, layer.activations * (outputs + inputs) / 2
             rank = self.units[layer.rank_unit].options[genome[layer.rank_unit]].method if layer.rank_unit >= 0 else None
             parts = 1
             if isinstance(rank, Tucker):
                 share, parts = share * rank.ratio, 3
+                moved *= 1 + 2 * rank.ratio**0.5  # the ranks are about the root of the kept share
             int8 = layer.int8_unit >= 0 and genome[layer.int8_unit] != 0
-            found.append((int8, layer.ops * share, layer.weights * share, parts))
+            found.append((int8, layer.ops * share, layer.weights * share, parts, moved))
         return found
 
     def features(self, genome: Genome) -> np.ndarray:
@@ -106,8 +109,8 @@ class FeedforwardSpace(Space):
         changes = sum(a[0] is not b[0] for a, b in pairwise(rows))
         kinds = (lambda r: r[3] == 1 and not r[0]), (lambda r: r[3] == 1 and r[0]), (lambda r: r[3] > 1)
         ops = [sum(r[1] for r in rows if is_kind(r)) / 1e9 for is_kind in kinds]
-        layers = [sum(r[3] for r in rows if is_kind(r)) for is_kind in kinds]
-        return np.array([1.0, *ops, *layers, changes])
+        layers = [sum(r[3] for r in rows if r[0] is int8) for int8 in (False, True)]
+        return np.array([1.0, *ops, sum(r[4] for r in rows) / 1e6, *layers, changes])
 
     def learn(self, measured: Sequence[tuple[Genome, Mapping[str, float]]]) -> None:
         times = {genome: costs["latency_ms"] for genome, costs in measured if "latency_ms" in costs}
@@ -118,12 +121,12 @@ class FeedforwardSpace(Space):
 
     def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:
         rows = self.rows(genome)
-        weights = sum(w * (1 if int8 else 4) for int8, _, w, _ in rows)
+        weights = sum(w * (1 if int8 else 4) for int8, _, w, *_ in rows)
         ms: dict[str, float]
         if self.device is None:
             ms = dict(zip(FEATURES, (self.features(genome) * self.coefficients).tolist()))
         else:
-            layers = [(w * (1 if int8 else 4), ops, "int8" if int8 else "fp32") for int8, ops, w, _ in rows]
+            layers = [(w * (1 if int8 else 4), ops, "int8" if int8 else "fp32") for int8, ops, w, *_ in rows]
             ms = {"all": self.device.predict_latency(layers, self.threads)}
         return {
             "latency_ms": ms,
@@ -194,7 +197,8 @@ def _add_layer_units(space: FeedforwardSpace, workload: Workload, families: Sequ
         out_unit, in_unit = groups.get((name, "out"), -1), groups.get((name, "in"), -1)
         if out_unit == in_unit:  # depthwise: one width, counted once
             in_unit = -1
-        space.layers.append(_Layer(float(costs[name].ops), count, int8, rank, out_unit, in_unit))
+        cost = costs[name]
+        space.layers.append(_Layer(float(cost.ops), count, float(cost.activation_bytes), int8, rank, out_unit, in_unit))
 
 
 def _targets(method: Method, model: nn.Module, families: Sequence[str]) -> list[str]:

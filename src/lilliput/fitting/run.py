@@ -25,7 +25,7 @@ from lilliput.fitting.record import Run, fresh_folder, summary
 from lilliput.fitting.recover import all_cores, recover
 from lilliput.fitting.report.page import write_report
 from lilliput.fitting.request import Options, read_options, remembered
-from lilliput.fitting.search import lagrangian_seeds, search
+from lilliput.fitting.search import lagrangian_seeds, ranked, search
 from lilliput.fitting.space import Genome, Space
 from lilliput.fitting.spaces import build_space, rivals
 from lilliput.fitting.verify import prove, verify
@@ -199,10 +199,10 @@ class Job:
             self.progress.say("timing what was found")
             self.timed[found[0]] = self.bench.speed(self.space.plan(found[0]).apply(self.light))[0]
             self.learn()
-        return self._unbuilt(self._search(round_, TRIES))
+        return ranked(self.predictor, self.budget, SAFETY, self._unbuilt(list(self.timed)))
 
     def _unbuilt(self, genomes: list[Genome]) -> list[Genome]:
-        built = [c["genome"] for c in self.run.candidates()]
+        built = [[0] * len(self.space.units), *(c["genome"] for c in self.run.candidates())]
         return [g for g in genomes if list(g) not in built]
 
     def _search(self, round_: int, attempt: int = 0) -> list[Genome]:
