@@ -46,6 +46,7 @@ NETS = ("mlp", "cnn")
 FLOAT, LONGER, WEIGHTS_ONLY = "float32", "float32, trained on as long", "k-means weights, float inputs"
 TOLERANCE = 0.3  # points of accuracy that may be lost, the paper's figure
 RETRAIN_RATE = 3e-4
+SAMPLES = 16_384  # inputs of a layer that are clustered
 BIG, SMALL = 32, 16  # entries of the two halves of the rule
 # Picojoule, 45 nm: Horowitz, "Computing's energy problem", ISSCC 2014 (32-bit float operations; a 32-bit read of 8 KiB)
 MULTIPLY_PJ, ADD_PJ, READ_PJ = 3.7, 0.9, 5.0
@@ -74,7 +75,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     scale = (
         Scale(55_000, 3000, 600, 3, 10_000, 5, (8, 16, 32, 64))
         if full
-        else Scale(20_000, 700, 120, 2, 2000, 3, (16, 32, 64))
+        else Scale(20_000, 700, 80, 2, 2000, 3, (8, 16, 32, 64))
     )
     table = Table()
     for s in range(seed, seed + scale.seeds):
@@ -110,7 +111,7 @@ def one_network(table: Table, net: str, scale: Scale, seed: int) -> None:
     table.add(LONGER, f"{net}_accuracy_percent", work.score(longer, "test").value)
     for entries in scale.entries:
         for name, book in (("k-means", kmeans), ("uniform", uniform)):
-            plain = compose(model, work, entries, entries, book=book)
+            plain = compose(model, work, entries, entries, book=book, samples=SAMPLES)
             better = compose(retrained(model, work, entries, book, scale, seed), work, entries, entries, book=book)
             for label, lut in ((contender(name, entries, False), plain), (contender(name, entries, True), better)):
                 table.add(label, f"{net}_accuracy_percent", decoded_accuracy(lut, work))
@@ -201,7 +202,7 @@ def retrained(model: nn.Sequential, work: Workload, entries: int, book: Book, sc
     model = copy.deepcopy(model)
     for i in range(scale.rounds):
         layers = {n: m for n, m in model.named_children() if isinstance(m, nn.Linear | nn.Conv2d)}
-        seen = sampled_inputs(model, work, list(layers), work.calibration, 65_536)
+        seen = sampled_inputs(model, work, list(layers), work.calibration, SAMPLES)
         handles = []
         for name, layer in layers.items():
             weight_book, inputs = book(layer.weight, entries), Nearest(with_zero(book(seen[name], entries)))
