@@ -7,9 +7,9 @@ With the bits of a code as signs, 2 (q - 2^(b-1)) = sum_i 2^i sign_i - 1. So 4 i
     y_n = sum_g scale_ng (1/2 sum_t step_t sum_i 2^i T_t[index_int] - 1/2 sum_k x_k)  +  zero_ng sum_k x_k
 
 A table's entries are rounded to 8 bits, one step for the (up to 16) tables of 64 inputs of a group; their sums are
-exact, and the time falls with the bits. The last sums take the activations as they were. On independent values the
-rounding moves the output by less than 1 %, relative to the float64 product with the same weights: about as much as
-`group_linear` rounds, or a little more.
+exact, and the time falls with the bits. The last sums take the activations as they were. The rounding moves the output
+by less than 1 %, relative to the float64 product with the same weights, on independent values and on real inputs of
+SmolLM2-135M (papers.t_mac): about as much as that of `group_linear`.
 
 A token gives NaN in all its outputs when it holds NaN or infinity, or a sum of four neighbours beyond float32. The
 result of a token depends neither on the other tokens nor on the number of threads.

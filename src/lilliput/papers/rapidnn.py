@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,6 +47,7 @@ NETS = ("mlp", "cnn")
 FLOAT, LONGER, WEIGHTS_ONLY = "float32", "float32, trained on as long", "k-means weights, float inputs"
 TOLERANCE = 0.3  # points of accuracy that may be lost, the paper's figure
 RETRAIN_RATE = 3e-4
+SAMPLES = 16_384  # inputs of a layer that are clustered
 BIG, SMALL = 32, 16  # entries of the two halves of the rule
 # Picojoule, 45 nm: Horowitz, "Computing's energy problem", ISSCC 2014 (32-bit float operations; a 32-bit read of 8 KiB)
 MULTIPLY_PJ, ADD_PJ, READ_PJ = 3.7, 0.9, 5.0
@@ -74,12 +76,12 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     scale = (
         Scale(55_000, 3000, 600, 3, 10_000, 5, (8, 16, 32, 64))
         if full
-        else Scale(20_000, 700, 120, 2, 2000, 3, (16, 32, 64))
+        else Scale(20_000, 500, 80, 2, 10_000, 3, (8, 16, 32, 64))
     )
     table = Table()
     for s in range(seed, seed + scale.seeds):
         for net in NETS:
-            one_network(table, net, scale, s)
+            one_network(table, net, scale, s, full)
     time_lookups(table, seed)
     rows = table.rows()
     (loss, loss_error), (gain, gain_error), holds = judge(rows, scale.seeds)
@@ -97,22 +99,24 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     )
 
 
-def one_network(table: Table, net: str, scale: Scale, seed: int) -> None:
-    """All contenders on one trained network."""
+def one_network(table: Table, net: str, scale: Scale, seed: int, full: bool = False) -> None:
+    """All contenders on one trained network; retraining at every number of entries, or at those of the rule."""
     torch.manual_seed(seed)
     work = workload(net, scale)
     model = trained(work, scale.steps, seed)
     work.model = model
     table.add(FLOAT, f"{net}_accuracy_percent", work.score(model, "test").value)
     table.add(FLOAT, f"{net}_weight_bytes", sum(p.nbytes for p in model.parameters()))
-    longer = copy.deepcopy(model)
-    learn_(longer, work, scale.rounds * scale.retrain_steps, RETRAIN_RATE, seed)
+    longer = retrained(model, work, 0, None, scale, seed)
     table.add(LONGER, f"{net}_accuracy_percent", work.score(longer, "test").value)
     for entries in scale.entries:
         for name, book in (("k-means", kmeans), ("uniform", uniform)):
-            plain = compose(model, work, entries, entries, book=book)
-            better = compose(retrained(model, work, entries, book, scale, seed), work, entries, entries, book=book)
-            for label, lut in ((contender(name, entries, False), plain), (contender(name, entries, True), better)):
+            sources = [model]
+            if full or entries in (BIG, SMALL):
+                sources.append(retrained(model, work, entries, book, scale, seed))
+            for source in sources:
+                lut = compose(source, work, entries, entries, book=book, samples=SAMPLES)
+                label = contender(name, entries, source is not model)
                 table.add(label, f"{net}_accuracy_percent", decoded_accuracy(lut, work))
                 if name == "k-means":
                     describe(table, label, net, lut, work)
@@ -196,24 +200,36 @@ class Nearest(nn.Module):
         return x + (self.book[nearest(x.detach(), self.book)] - x).detach()
 
 
-def retrained(model: nn.Sequential, work: Workload, entries: int, book: Book, scale: Scale, seed: int) -> nn.Sequential:
-    """A copy that learned with weights and inputs rounded, codebooks made anew before each round (reconstructed)."""
+def retrained(
+    model: nn.Sequential, work: Workload, entries: int, book: Book | None, scale: Scale, seed: int
+) -> nn.Sequential:
+    """A copy that learned with weights and inputs rounded, codebooks made anew before each round (reconstructed).
+
+    Without a `book` it learns in float32, from the same pictures.
+    """
     model = copy.deepcopy(model)
     for i in range(scale.rounds):
-        layers = {n: m for n, m in model.named_children() if isinstance(m, nn.Linear | nn.Conv2d)}
-        seen = sampled_inputs(model, work, list(layers), work.calibration, 65_536)
-        handles = []
-        for name, layer in layers.items():
-            weight_book, inputs = book(layer.weight, entries), Nearest(with_zero(book(seen[name], entries)))
-            parametrize.register_parametrization(layer, "weight", Nearest(weight_book))
-            handles.append(layer.register_forward_pre_hook(lambda _, args, inputs=inputs: (inputs(args[0]),)))
-        learn_(model, work, scale.retrain_steps, RETRAIN_RATE, 1000 * (seed + 1) + i)
-        for handle, layer in zip(handles, layers.values()):
-            handle.remove()
-            latent = layer.parametrizations.weight.original.detach().clone()  # type: ignore[union-attr]
-            parametrize.remove_parametrizations(layer, "weight")
-            layer.weight.data.copy_(latent)
+        with rounding(model, work, entries, book) if book else nullcontext():
+            learn_(model, work, scale.retrain_steps, RETRAIN_RATE, 1000 * (seed + 1) + i)
     return model
+
+
+@contextmanager
+def rounding(model: nn.Sequential, work: Workload, entries: int, book: Book) -> Iterator[None]:
+    """The network with weights and inputs rounded to books made now; the float weights it learned stay behind."""
+    layers = {n: m for n, m in model.named_children() if isinstance(m, nn.Linear | nn.Conv2d)}
+    seen = sampled_inputs(model, work, list(layers), work.calibration, SAMPLES)
+    handles = []
+    for name, layer in layers.items():
+        weight_book, inputs = book(layer.weight, entries), Nearest(with_zero(book(seen[name], entries)))
+        parametrize.register_parametrization(layer, "weight", Nearest(weight_book))
+        handles.append(layer.register_forward_pre_hook(lambda _, args, inputs=inputs: (inputs(args[0]),)))
+    yield
+    for handle, layer in zip(handles, layers.values()):
+        handle.remove()
+        latent = layer.parametrizations.weight.original.detach().clone()  # type: ignore[union-attr]
+        parametrize.remove_parametrizations(layer, "weight")
+        layer.weight.data.copy_(latent)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------

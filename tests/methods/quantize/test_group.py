@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lilliput.errors import UserError
+from lilliput.kernels.decoder import Reference, decoder_for
 from lilliput.methods.quantize._packed import PackedEmbedding, PackedLinear
 from lilliput.methods.quantize.group import Group, fitting_group
 
@@ -109,3 +110,13 @@ def test_layers_choose_how_products_are_executed(llama_work):
     with torch.no_grad():
         a, b = (llama_work.forward(m, batch) for m in (model, same))
     assert 0 < (a - b).norm() < 0.05 * b.norm()
+
+
+def test_the_native_decoder_leaves_lookups_to_the_reference(llama_work):
+    model = Group(group=32, product="lookup").apply(llama_work.model)
+    decoder = decoder_for(model)
+    assert isinstance(decoder, Reference)
+    ids = llama_work.calibration[0]["input_ids"][0]
+    with torch.no_grad():
+        expected = llama_work.forward(model, {"input_ids": ids.unsqueeze(0)})[0]
+        torch.testing.assert_close(decoder(ids, decoder.cache(len(ids)), every=True), expected, rtol=1e-3, atol=1e-3)

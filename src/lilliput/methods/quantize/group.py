@@ -1,7 +1,9 @@
 """Group-wise rounding of weights to 4, 3 or 2 bits.   w ~ (q - 2^(b-1)) s + z,  one s and z per group of inputs
 
 All of them run on our packed kernels, which read the weights as they are stored: the integer product, or sums of
-activations looked up in tables (T-MAC, arXiv 2407.00088). The native decoder has the integer product only.
+activations looked up in tables (T-MAC, arXiv 2407.00088). For one token the lookup is the faster one at 3 and 2 bits,
+for 4 bits only beyond the L2 cache; for many tokens on AVX-512 the integer product is. The native decoder has the
+integer product only: a Llama with a layer of lookups runs there on the slower reference.
 Measured: results/kernels.csv, results/lookup.csv.
 """
 

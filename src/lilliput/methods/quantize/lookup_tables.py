@@ -40,6 +40,7 @@ from lilliput.methods.quantize._packed import pack_codes, unpack_codes
 from lilliput.workload import Batch, Workload, need_workload
 
 ENTRIES = (4, 8, 16, 32, 64)
+CLUSTERED = 1 << 16  # values that a codebook is made from
 GATHERED = 1 << 21  # table entries looked up at a time
 Book = Callable[[Tensor, int], Tensor]  # values and a number of entries -> entries, sorted
 
@@ -49,30 +50,33 @@ Book = Callable[[Tensor, int], Tensor]  # values and a number of entries -> entr
 
 def kmeans(values: Tensor, entries: int, rounds: int = 30) -> Tensor:
     """Sorted centres (entries,) of k-means on a line, from quantiles of the distinct values."""
-    values = _finite(values)
+    values = _sample(values)
     distinct = values.unique()
     centres = distinct[torch.linspace(0, len(distinct) - 1, entries).round().long()]
     for _ in range(rounds):
         index = nearest(values, centres)
         count = torch.bincount(index, minlength=entries)
         total = torch.zeros(entries, dtype=torch.float64).index_add_(0, index, values.double())
-        centres = torch.where(count > 0, (total / count.clamp_min(1)).float(), centres).sort().values
+        before, centres = centres, torch.where(count > 0, (total / count.clamp_min(1)).float(), centres).sort().values
+        if torch.equal(before, centres):
+            break
     return centres
 
 
 def uniform(values: Tensor, entries: int) -> Tensor:
     """Evenly spaced entries over the range, or a smaller one (down to 30 %) where that lowers the squared error."""
-    values = _finite(values)
+    values = _sample(values)
     low, high = values.min(), values.max()
     books = [torch.linspace(float(low * s), float(high * s), entries) for s in torch.linspace(1.0, 0.3, 15).tolist()]
     return min(books, key=lambda book: float((book[nearest(values, book)] - values).square().sum()))
 
 
-def _finite(values: Tensor) -> Tensor:
+def _sample(values: Tensor) -> Tensor:
+    """At most CLUSTERED of the values, evenly taken. Raises UserError when there are none or one is not finite."""
     values = values.detach().float().flatten()
     if not len(values) or not torch.isfinite(values).all():
         raise UserError("there are no values to cluster, or one is NaN or infinite; check the weights and the data")
-    return values
+    return values if len(values) <= CLUSTERED else values[torch.linspace(0, len(values) - 1, CLUSTERED).round().long()]
 
 
 def with_zero(book: Tensor) -> Tensor:
