@@ -24,13 +24,4 @@ inline Words quad(const uint8_t* chunk, int i) {
   }
 }
 
-/// Lanes into y, as far as there are rows.
-inline void store_rows(Floats sums, int64_t row, int64_t rows, float* y) {
-  if (row + kWidth <= rows) {
-    std::memcpy(y + row, &sums, sizeof sums);
-  } else if (row < rows) {
-    std::memcpy(y + row, &sums, (rows - row) * sizeof(float));
-  }
-}
-
 }  // namespace
