@@ -108,6 +108,9 @@ def convolutions(channels: int, width: int, library: ctypes.CDLL | None) -> dict
     runs["torch fp32"] = (lambda: F.conv2d(x, w, padding=1)), w.nbytes
     runs["torch bf16"] = (lambda: F.conv2d(half, half_w, padding=1)), half_w.nbytes
     runs |= openvino_convolutions(x.numpy(), w.numpy())
+    theirs = next(iter(runs["openvino BinaryConvolution"][0]().values()))
+    if not np.array_equal(theirs, runs["binary"][0]().numpy()):
+        raise RuntimeError("OpenVINO's binary convolution and ours do not give the same numbers")
     if library is not None:
         y = torch.empty_like(x)
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, w, y)]
@@ -136,7 +139,7 @@ def openvino_convolutions(x: np.ndarray, w: np.ndarray) -> dict[str, tuple[Run, 
         size = w.nbytes if precision == "f32" else w.nbytes // 2
         runs[f"openvino {precision}"] = compiled(node, given, precision), size
     given = opset1.parameter(list(x.shape), ov.Type.f32)
-    limits = [opset1.constant(np.full((1, 1, 1, 1), v, np.float32)) for v in (0.0, 0.0, -1.0, 1.0)]
+    limits = [opset1.constant(np.full((1, 1, 1, 1), v, np.float32)) for v in (0.0, 0.0, 0.0, 1.0)]  # bits
     bits = np.packbits((w > 0).reshape(-1), bitorder="little")
     weights = ov.op.Constant(ov.Tensor(bits, ov.Shape(list(w.shape)), ov.Type.u1))
     signs = opset1.fake_quantize(given, *limits, 2)

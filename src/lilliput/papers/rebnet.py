@@ -80,7 +80,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     return evidence(found, one_thread_ms(layers, torch.randn(tokens, width), effort.rounds), effort, seed, busy)
 
 
-EFFORT = Effort(steps=500, test_pictures=4000, rounds=10, seeds=3)
+EFFORT = Effort(steps=800, test_pictures=4000, rounds=10, seeds=3)
 
 
 def evidence(

@@ -21,7 +21,8 @@ paper = Paper(
     year=2016,
     arxiv="1603.05279",
     claim="Binary weights with a scale per filter are about as accurate as float ones at 1/32 of the memory, and "
-    "better than unscaled ones (BinaryConnect); with binary inputs, too, convolutions are up to 58 times faster, at a loss.",
+    "better than unscaled ones (BinaryConnect); with binary inputs, too, convolutions are up to 58 times faster, at a "
+    "loss.",
     methods=("quantize.binary",),
 )
 
@@ -77,7 +78,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     return evidence(found, times, effort, seed, busy)
 
 
-EFFORT = Effort(steps=250, test_pictures=4000, rounds=10, seeds=3)
+EFFORT = Effort(steps=400, test_pictures=4000, rounds=10, seeds=3)
 
 
 def evidence(
@@ -91,14 +92,15 @@ def evidence(
     return Evidence(
         setup=f"Conv-4 (16, 32, 32, 64 filters), Fashion-MNIST, {effort.steps} steps of {effort.batch_size} pictures, "
         f"{effort.test_pictures} test pictures, seeds {seed} to {seed + effort.seeds - 1}; layer_ms: 3x3, "
-        f"{LAYER[0]} to {LAYER[1]} channels, {LAYER[2]}x{LAYER[2]}, {isa()}, 1 thread; other work kept {busy:.1f} cores "
-        "busy",
+        f"{LAYER[0]} to {LAYER[1]} channels, {LAYER[2]}x{LAYER[2]}, {isa()}, 1 thread; other work kept {busy:.1f} "
+        "cores busy",
         rows=[one.row(name, *timing(times[name])) for name, one in found.items()],
         holds=bool(holds),
         figure=f"BWN {bwn[0]:+.1f} ± {bwn[1]:.1f} points from float32 and {unscaled[0]:+.1f} ± {unscaled[1]:.1f} from "
         f"BinaryConnect; XNOR {xnor[0]:+.1f} ± {xnor[1]:.1f} from float32, K {scaled[0]:+.1f} ± {scaled[1]:.1f}; XNOR "
         f"convolution {speed} over torch's float32, not 58 times",
         limits="A small network, pictures and training instead of AlexNet on ImageNet. A BatchNorm follows every "
-        "binary layer and takes up its scale, so unscaled weights lose less than in the paper's comparison. The 58 times are "
-        "against a plain float convolution; torch's is far faster. BWN's convolution unpacks its weights each time.",
+        "binary layer and takes up its scale, so unscaled weights lose less than in the paper's comparison. The 58 "
+        "times are against a plain float convolution; torch's is far faster. BWN's convolution unpacks its weights at "
+        "every call.",
     )
