@@ -107,6 +107,14 @@ std::vector<int32_t> outside_sums(const SignMatrix& matrix, const ConvShape& sha
   return found;
 }
 
+/// memcpy for a few bytes, without a call.
+inline void copy_bytes(uint8_t* to, const uint8_t* from, int64_t count) {
+  for (; count >= 8; count -= 8, to += 8, from += 8) std::memcpy(to, from, 8);
+  if (count & 4) std::memcpy(to, from, 4), to += 4, from += 4;
+  if (count & 2) std::memcpy(to, from, 2), to += 2, from += 2;
+  if (count & 1) *to = *from;
+}
+
 /// One convolution under way: what all its positions share.
 struct Job {
   const SignMatrix& matrix;
@@ -128,12 +136,12 @@ struct Job {
         const int64_t line = (picture * shape.height + rows.start + r * shape.dilation[0]) * shape.width;
         const uint8_t* from = pixels.bits.data() + p * pixels.plane_bytes + (line + columns.start) * bytes;
         if (step == 1) {
-          std::memcpy(to + (r * taps + columns.first) * bytes, from + columns.first * bytes,
-                      (columns.last - columns.first) * bytes);
+          copy_bytes(to + (r * taps + columns.first) * bytes, from + columns.first * bytes,
+                     (columns.last - columns.first) * bytes);
           continue;
         }
         for (int64_t c = columns.first; c < columns.last; ++c) {
-          std::memcpy(to + (r * taps + c) * bytes, from + c * step * bytes, bytes);
+          copy_bytes(to + (r * taps + c) * bytes, from + c * step * bytes, bytes);
         }
       }
     }

@@ -22,7 +22,7 @@ struct ConvShape {
 };
 
 /// y (pictures, rows, output(0), output(1)) from x (pictures, channels, height, width), both in the memory format of
-/// the shape. `how.by_mean` multiplies a position with the mean over all taps of the pixels' means, outside places being 0.
+/// the shape. `how.by_mean` multiplies a position with the mean over all taps of the pixels means, 0 where outside.
 void binary_conv2d(const SignMatrix& matrix, const Binarizer& how, const ConvShape& shape, const float* x, float* y,
                    int threads);
 

@@ -30,29 +30,30 @@ int threads_for(const SignMatrix& matrix, int64_t tokens, int threads) {
   return static_cast<int>(std::min<int64_t>(threads, worth));
 }
 
-/// The byte of the layout that holds an input of a row, and the bit in it.
-struct Place {
-  int64_t byte;
-  int bit;
-};
-
-Place place(const SignMatrix& m, int64_t row, int64_t segment, int64_t input) {
-  const int64_t byte = segment * m.segment_bytes() + input / 8;
-  const int64_t lane = row % kSignRows * kSignWordBytes + byte % kSignWordBytes;
-  return {row / kSignRows * m.block_bytes() + byte / kSignWordBytes * kSignVectorBytes + lane,
-          static_cast<int>(input % 8)};
-}
-
-/// Calls `each(index, place)` for every input of every row.
+/// Calls `each(byte of the layout, index of its first sign, number of signs)` for every byte of every row.
 template <class Each>
-void for_each_sign(const SignMatrix& m, const Each& each) {
+void for_each_byte(const SignMatrix& m, const Each& each) {
   int64_t index = 0;
   for (int64_t row = 0; row < m.rows; ++row) {
-    for (int64_t segment = 0; segment < m.segments; ++segment) {
-      for (int64_t input = 0; input < m.segment_inputs; ++input) each(index++, place(m, row, segment, input));
+    const int64_t lane = row / kSignRows * m.block_bytes() + row % kSignRows * kSignWordBytes;
+    for (int64_t byte = 0; byte < m.row_bytes(); ++byte) {
+      const int64_t signs = std::min<int64_t>(8, m.segment_inputs - byte % m.segment_bytes() * 8);
+      each(lane + byte / kSignWordBytes * kSignVectorBytes + byte % kSignWordBytes, index, signs);
+      index += signs;
     }
   }
 }
+
+/// +1 or -1 for each bit of each byte, lowest first.
+struct SignTable {
+  float of[256][8];
+
+  SignTable() {
+    for (int byte = 0; byte < 256; ++byte) {
+      for (int bit = 0; bit < 8; ++bit) of[byte][bit] = (byte >> bit & 1) ? 1.0f : -1.0f;
+    }
+  }
+};
 
 }  // namespace
 
@@ -75,11 +76,21 @@ const char* binary_linear_isa() {
 
 void pack_signs(const SignMatrix& m, const uint8_t* positive, uint8_t* codes) {
   std::fill_n(codes, m.codes_bytes(), uint8_t{0});
-  for_each_sign(m, [&](int64_t index, Place at) { codes[at.byte] |= (positive[index] != 0) << at.bit; });
+  for_each_byte(m, [&](int64_t byte, int64_t index, int64_t signs) {
+    for (int64_t i = 0; i < signs; ++i) codes[byte] |= (positive[index + i] != 0) << i;
+  });
 }
 
 void unpack_signs(const SignMatrix& m, float* signs) {
-  for_each_sign(m, [&](int64_t index, Place at) { signs[index] = (m.codes[at.byte] >> at.bit & 1) ? 1.0f : -1.0f; });
+  static const SignTable table;
+  for_each_byte(m, [&](int64_t byte, int64_t index, int64_t count) {
+    const float* from = table.of[m.codes[byte]];
+    if (count == 8) {
+      std::memcpy(signs + index, from, 8 * sizeof(float));
+    } else {
+      std::memcpy(signs + index, from, count * sizeof(float));
+    }
+  });
 }
 
 void binary_linear(const SignMatrix& m, const Binarizer& how, const float* x, int64_t tokens, float* y, int threads) {

@@ -18,35 +18,35 @@ constexpr int kThinBlocks = kWidth == 16 ? 4 : kWidth == 8 ? 2 : 1;  // of a til
 #if defined(__AVX512VPOPCNTDQ__)
 constexpr int64_t kRun = INT64_MAX;
 
-inline Ints ones(Words words) { return (Ints)_mm512_popcnt_epi32((__m512i)words); }
-inline Ints widen(Ints counts) { return counts; }
+inline Words ones(Words words) { return (Words)_mm512_popcnt_epi32((__m512i)words); }
+inline Words widen(Words counts) { return counts; }
 #elif defined(__AVX2__)
 constexpr int64_t kRun = 31;  // of at most 8 in a byte
 
-inline Ints ones(Words words) {
+inline Words ones(Words words) {
   const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
                                          0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
   const __m256i nibble = _mm256_set1_epi8(15), w = (__m256i)words;
   const __m256i low = _mm256_shuffle_epi8(table, _mm256_and_si256(w, nibble));
   const __m256i high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi32(w, 4), nibble));
-  return (Ints)_mm256_add_epi8(low, high);
+  return (Words)_mm256_add_epi8(low, high);
 }
-inline Ints widen(Ints counts) {
+inline Words widen(Words counts) {
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)counts, _mm256_set1_epi8(1));
-  return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  return (Words)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #else
 constexpr int64_t kRun = 31;
 
-inline Ints ones(Words w) {
+inline Words ones(Words w) {
   w -= (w >> 1) & 0x55555555u;
   w = (w & 0x33333333u) + ((w >> 2) & 0x33333333u);
-  return (Ints)((w + (w >> 4)) & 0x0f0f0f0fu);
+  return (w + (w >> 4)) & 0x0f0f0f0fu;
 }
-inline Ints widen(Ints counts) {
-  Words w = (Words)counts;
+inline Words widen(Words counts) {
+  Words w = counts;
   w = (w & 0x00ff00ffu) + ((w >> 8) & 0x00ff00ffu);
-  return (Ints)((w + (w >> 16)) & 0xffffu);
+  return (w + (w >> 16)) & 0xffffu;
 }
 #endif
 
@@ -57,15 +57,15 @@ inline Words splat_word(uint32_t word) { return word - Words{}; }
 /// counts[s][v]: bits in which the `Sums` rows of words at `bits` differ from the rows of `Blocks` blocks.
 template <int Sums, int Blocks>
 inline void count(const SignMatrix& matrix, const uint8_t* codes, const uint32_t* bits,
-                  Ints (&counts)[Sums][Blocks * kVectors]) {
+                  Words (&counts)[Sums][Blocks * kVectors]) {
   constexpr int kCount = Blocks * kVectors;
   const int64_t words = matrix.words(), block_bytes = matrix.block_bytes();
   for (int s = 0; s < Sums; ++s) {
-    for (int v = 0; v < kCount; ++v) counts[s][v] = Ints{};
+    for (int v = 0; v < kCount; ++v) counts[s][v] = Words{};
   }
   for (int64_t start = 0; start < words;) {
     const int64_t end = words - start > kRun ? start + kRun : words;
-    Ints run[Sums][kCount] = {};
+    Words run[Sums][kCount] = {};
     for (int64_t i = start; i < end; ++i) {
       for (int v = 0; v < kCount; ++v) {
         const int64_t lanes = (v / kVectors) * block_bytes + (v % kVectors) * 4 * kWidth;
@@ -80,30 +80,38 @@ inline void count(const SignMatrix& matrix, const uint8_t* codes, const uint32_t
   }
 }
 
+/// The scales of kWidth rows; 0 past the last one.
+inline Floats scales_of(const SignMatrix& matrix, int64_t row) {
+  Floats scale = {};
+  const int64_t left = matrix.rows - row;
+  if (left >= kWidth) {
+    std::memcpy(&scale, matrix.scale + row, sizeof scale);
+  } else if (left > 0) {
+    std::memcpy(&scale, matrix.scale + row, left * sizeof(float));
+  }
+  return scale;
+}
+
 /// y of `Tokens` tokens from `token` on and of `Blocks` blocks.
 template <int Tokens, int Planes, int Blocks>
 void tile(const SignMatrix& matrix, const SignTokens& tokens, int64_t token, int64_t block, float* y) {
   constexpr int kCount = Blocks * kVectors;
-  Ints counts[Tokens * Planes][kCount];
+  Words counts[Tokens * Planes][kCount];
   count<Tokens * Planes, Blocks>(matrix, matrix.codes + block * matrix.block_bytes(),
                                  tokens.bits + token * Planes * matrix.words(), counts);
   const Ints inputs = splat(static_cast<int32_t>(matrix.inputs()));
-  for (int t = 0; t < Tokens; ++t) {
-    const float factor = tokens.means ? tokens.means[token + t] : 1.0f;
-    for (int v = 0; v < kCount; ++v) {
-      const int64_t row = block * kSignRows + v * kWidth;
+  for (int v = 0; v < kCount; ++v) {
+    const int64_t row = block * kSignRows + v * kWidth;
+    const Floats scale = scales_of(matrix, row);
+    for (int t = 0; t < Tokens; ++t) {
       Ints base = inputs;
       if (tokens.corrections) base += (Ints)load_words(tokens.corrections[token + t] + row);
       Floats sum = {};
       for (int p = 0; p < Planes; ++p) {
-        sum += to_float(base - 2 * counts[t * Planes + p][v]) * tokens.levels[p];
+        sum += to_float(base - 2 * (Ints)counts[t * Planes + p][v]) * tokens.levels[p];
       }
-      float scale[kWidth] = {};
-      const int64_t left = matrix.rows - row;
-      if (left > 0) std::memcpy(scale, matrix.scale + row, (left < kWidth ? left : kWidth) * sizeof(float));
-      Floats scales;
-      std::memcpy(&scales, scale, sizeof scales);
-      store_rows(sum * scales * factor, row, matrix.rows, y + (token + t) * matrix.rows);
+      const float factor = tokens.means ? tokens.means[token + t] : 1.0f;
+      store_rows(sum * scale * factor, row, matrix.rows, y + (token + t) * matrix.rows);
     }
   }
 }
@@ -146,41 +154,38 @@ void segment_sums(const SignMatrix& matrix, int32_t* sums) {
     for (int64_t segment = 0; segment < matrix.segments; ++segment) {
       const int64_t begin = segment * bytes, end = begin + bytes;
       for (int v = 0; v < kVectors; ++v) {
-        Ints total = {};
+        Words total = {};
         for (int64_t word = begin / 4; word * 4 < end; ++word) {
           const int64_t before = begin > word * 4 ? begin - word * 4 : 0;
           const int64_t after = word * 4 + 4 > end ? word * 4 + 4 - end : 0;
           const uint32_t mask = 0xffffffffu << (8 * before) & 0xffffffffu >> (8 * after);
           total += widen(ones(load_words(codes + word * kSignVectorBytes + 4 * kWidth * v) & mask));
         }
-        const Ints sum = 2 * total - splat(static_cast<int32_t>(matrix.segment_inputs));
+        const Ints sum = 2 * (Ints)total - splat(static_cast<int32_t>(matrix.segment_inputs));
         std::memcpy(sums + segment * stride + block * kSignRows + v * kWidth, &sum, sizeof sum);
       }
     }
   }
 }
 
+#if defined(__AVX512VPOPCNTDQ__)
+#define KEEP(vector) __asm__ volatile("" : "+v"(vector))
+#elif defined(__x86_64__)
+#define KEEP(vector) __asm__ volatile("" : "+x"(vector))
+#else
+#define KEEP(vector) __asm__ volatile("" : "+m"(vector))
+#endif
+
 /// The three instructions of `count` alone, on operands that never leave the registers: what no product can exceed.
 int64_t peak(int64_t rounds) {
-  constexpr int kSums = kWidth == 16 ? 16 : 4;
-  Words w = splat_word(0x12345678u);
-  Ints sums[kSums] = {};
+  constexpr int kSums = kWidth == 16 ? 12 : 4;
+  Words w = splat_word(0x12345678u), others[kSums], sums[kSums] = {};
+  for (int s = 0; s < kSums; ++s) others[s] = splat_word(static_cast<uint32_t>(s));
   for (int64_t round = 0; round < rounds; ++round) {
-    for (int s = 0; s < kSums; ++s) {
-      Words hidden = w;
-#if defined(__AVX512VPOPCNTDQ__)
-      __asm__ volatile("" : "+v"(hidden), "+v"(sums[s]));
-#elif defined(__x86_64__)
-      __asm__ volatile("" : "+x"(hidden), "+x"(sums[s]));
-#else
-      __asm__ volatile("" : "+m"(hidden), "+m"(sums[s]));
-#endif
-      sums[s] += ones(hidden ^ splat_word(static_cast<uint32_t>(s)));
-    }
+    KEEP(w);  // or nothing would be left to do in later rounds
+    for (int s = 0; s < kSums; ++s) sums[s] += ones(w ^ others[s]);
   }
-  for (int s = 1; s < kSums; ++s) sums[0] += sums[s];
-  const volatile int32_t kept = sums[0][0];
-  (void)kept;
+  for (int s = 0; s < kSums; ++s) KEEP(sums[s]);
   return rounds * kSums * kWidth * 32;
 }
 
@@ -357,10 +362,8 @@ void float_tile(const SignMatrix& matrix, const float* x, int64_t block, float* 
   }
   for (int t = 0; t < Tokens; ++t) {
     for (int v = 0; v < kCount; ++v) {
-      const int64_t row = block * kSignRows + v * kWidth, left = matrix.rows - row;
-      for (int64_t i = 0; i < kWidth && i < left; ++i) {
-        y[t * matrix.rows + row + i] = sums[t][v][i] * matrix.scale[row + i];
-      }
+      const int64_t row = block * kSignRows + v * kWidth;
+      store_rows(sums[t][v] * scales_of(matrix, row), row, matrix.rows, y + t * matrix.rows);
     }
   }
 }

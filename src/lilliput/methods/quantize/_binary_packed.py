@@ -234,14 +234,18 @@ class PackedBinaryConv2d(_PackedBinary):
 
     def product(self, x: Tensor) -> Tensor:
         if self.levels is None:
-            return F.conv2d(x, self.dequantized(), None, self.stride, self.padding, self.dilation)
+            y = F.conv2d(x, self._filters(), None, self.stride, self.padding, self.dilation)
+            return y * along(self.scale.float(), y, 1)
         levels, shift = self._how()
         weights = self.codes, self.scale.float(), levels, self.kernel_size, shift, self.by_mean
         return conv_kernel.binary_conv2d(x, *weights, self.stride, self.padding, self.dilation)
 
     def dequantized(self) -> Tensor:
-        w = self.signs().transpose(1, 2).unflatten(2, self.kernel_size)
-        return w * along(self.scale.float(), w, 0)
+        return self._filters() * self.scale.float().view(-1, 1, 1, 1)
+
+    def _filters(self) -> Tensor:
+        """Signs (out, in, height, width)."""
+        return self.signs().transpose(1, 2).unflatten(2, self.kernel_size)
 
     def simulated(self, x: Tensor) -> Tensor:
         places = self.stride, self.padding, self.dilation
