@@ -68,6 +68,17 @@ def test_gradients_flow_through_as_through_the_ordinary_part(relu_llama):
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-4)
 
 
+def test_layers_keep_any_of_the_usual_names():
+    layers = {"gate": nn.Linear(32, 64), "up": nn.Linear(32, 64), "down": nn.Linear(64, 32)}
+    part, x = SparseFeedForward.from_layers(layers, 0.1, "float32", "float32"), torch.randn(4, 32)
+    with torch.no_grad():
+        expected = layers["down"](torch.relu(layers["gate"](x) - 0.1) * layers["up"](x))
+        torch.testing.assert_close(part(x), expected, rtol=1e-4, atol=1e-5)
+    layers["forward"] = layers.pop("down")
+    with pytest.raises(UserError, match="forward"):
+        SparseFeedForward.from_layers(layers, 0.1, "float32", "float32")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cast_model_still_runs(relu_llama, dtype):
     part = SparseFFN(rows="int4", group=32).apply(relu_llama).model.layers[0].mlp

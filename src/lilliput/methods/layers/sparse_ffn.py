@@ -56,7 +56,9 @@ class SparseFeedForward(nn.Module):
         if not len(names) == len(groups) == len(biases) in (2, 3) or gate not in FORMATS:
             raise UserError(f"a sparse feed-forward part has 2 or 3 layers with a group and a bias each, not {names}")
         self.names, self.inputs, self.neurons, self.shift = tuple(names), inputs, neurons, shift
-        self.gate, self.rows, self.groups = gate, rows, tuple(groups)
+        self.gate_format, self.row_format, self.groups = gate, rows, tuple(groups)
+        if taken := [name for name in names if hasattr(self, name)]:
+            raise UserError(f"a layer is called {taken[0]!r}, which a sparse feed-forward part needs itself; rename it")
         self.add_module(names[0], _gate_layer(inputs, neurons, gate, groups[0], biases[0]))
         for name, group, bias in list(zip(names, groups, biases))[1:-1]:
             self.add_module(name, RowLinear(inputs, neurons, "outputs", rows, group, bias))
@@ -84,7 +86,12 @@ class SparseFeedForward(nn.Module):
         """Arguments of the constructor."""
         sizes = {"names": list(self.names), "inputs": self.inputs, "neurons": self.neurons, "shift": self.shift}
         biases = [layer.bias is not None for layer in self.layers()]
-        return sizes | {"gate": self.gate, "rows": self.rows, "groups": list(self.groups), "biases": biases}
+        return sizes | {
+            "gate": self.gate_format,
+            "rows": self.row_format,
+            "groups": list(self.groups),
+            "biases": biases,
+        }
 
     def extra_repr(self) -> str:
         return f"shift={self.shift:.4g}"
@@ -96,8 +103,8 @@ class SparseFeedForward(nn.Module):
     def sparse_parts(self) -> tuple[kernel.Rows | None, Tensor | None, kernel.Rows, Tensor | None]:
         """Rows and bias of up (None: none) and of down, as kernels take them."""
         *_, up, down = self.layers()
-        above = (up.rows(), up.float_bias()) if len(self.names) == 3 else (None, None)
-        return *above, down.rows(), down.float_bias()
+        below = down.rows(), down.float_bias()
+        return (None, None, *below) if len(self.names) == 2 else (up.rows(), up.float_bias(), *below)
 
     def activations(self, x: Tensor) -> Tensor:
         """What the gate lets through for x (..., inputs): (..., neurons), zero for those that are silent."""
