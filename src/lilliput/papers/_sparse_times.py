@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lilliput.kernels import _native
 from lilliput.kernels.decoder import decoder_for
+from lilliput.kernels.sparse_ffn import native_part
 from lilliput.methods.layers.relufy import shift_for
 from lilliput.methods.layers.sparse_ffn import SparseFeedForward, SparseFFN
 from lilliput.methods.quantize.group import Group
@@ -20,73 +22,102 @@ from lilliput.workload import Workload
 
 INPUTS, NEURONS = 576, 1536  # of SmolLM2-135M
 DENSE, INT8, INT4 = "feed-forward, dense float32", "feed-forward, dense int8", "feed-forward, dense int4"
-SPARSE_FLOAT, SPARSE, SPARSE_4 = (
-    "feed-forward, sparse float32",
-    "feed-forward, sparse int8",
-    "feed-forward, sparse int8, gate int4",
-)
+SPARSE = "feed-forward, sparse int8"
+SPARSE_FORMATS = {  # of the gate and of the rows
+    "feed-forward, sparse float32": ("float32", "float32"),
+    SPARSE: ("int8", "int8"),
+    "feed-forward, sparse int8, gate int4": ("int4", "int8"),
+}
 TOKENS = 32  # in the cache when a token is timed, or as many as a text has
-
-
-class DensePart(nn.Module):
-    """down(relu(gate - shift) * up) of any layers."""
-
-    def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, shift: float):
-        super().__init__()
-        self.gate, self.up, self.down, self.shift = gate, up, down, shift
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.gate(x) - self.shift) * self.up(x))
 
 
 def feed_forward_times(zeros: float, seed: int = 0, rounds: int = 15) -> tuple[list[Row], Comparison]:
     """Rows of microseconds of one token, and how many times faster sparse int8 is than dense float32.
 
-    The weights are random; the shift silences the share `zeros` of the neurons. Every part is timed in turn with the
-    dense float32 one.
+    The kernels alone, as the native decoder calls them. The weights are random; the shift silences the share `zeros` of
+    the neurons. Every part is timed in turn with the dense float32 one.
     """
     torch.manual_seed(seed)
-    x = torch.randn(64, INPUTS)
-    dense = DensePart(nn.Linear(INPUTS, NEURONS), nn.Linear(INPUTS, NEURONS), nn.Linear(NEURONS, INPUTS), 0.0)
+    x, layers = torch.randn(64, INPUTS), [nn.Linear(INPUTS, NEURONS, bias=False) for _ in range(2)]
+    layers.append(nn.Linear(NEURONS, INPUTS, bias=False))
     with torch.no_grad():
-        dense.shift = shift_for(dense.gate(x), zeros)
-    runs = {name: one_token(part, x) for name, part in _parts(dense).items()}
+        gates = layers[0](x)
+        shift = shift_for(gates, zeros)
+    runs = _runs(layers, x, gates, shift)
     wait_until_quiet()
-    rows, chosen = [], None
-    for name, run in runs.items():
-        found = compare(one_token(dense, x), run, rounds=rounds)
-        values = {"ffn_us": 1e3 * found.medians_ms[1], "times_faster_than_float32": found.ratio}
-        rows.append(Row(name, values, {"times_faster_than_float32": (found.high - found.low) / 2}))
-        chosen = found if name == SPARSE else chosen
-    assert chosen is not None
-    return rows, chosen
+    found = {name: compare(runs[DENSE], run, rounds=rounds) for name, run in runs.items()}
+    rows = [
+        Row(
+            name,
+            {"ffn_us": 1e3 * one.medians_ms[1], "times_faster_than_float32": one.ratio},
+            {"times_faster_than_float32": (one.high - one.low) / 2},
+        )
+        for name, one in found.items()
+    ]
+    return rows, found[SPARSE]
 
 
-def _parts(dense: DensePart) -> Mapping[str, nn.Module]:
-    layers: dict[str, Any] = {name: getattr(dense, name) for name in ("gate", "up", "down")}
-
-    def sparse(gate: str, rows: str) -> nn.Module:
-        return SparseFeedForward.from_layers(layers, dense.shift, gate, rows)
-
-    return {
-        DENSE: dense,
-        INT8: Int8().apply(dense),
-        INT4: Group().apply(dense),
-        SPARSE_FLOAT: sparse("float32", "float32"),
-        SPARSE: sparse("int8", "int8"),
-        SPARSE_4: sparse("int4", "int8"),
-    }
+def _runs(layers: Sequence[nn.Linear], x: Tensor, gates: Tensor, shift: float) -> dict[str, Callable[[], Any]]:
+    """The contenders; each takes another token every time, so that other neurons fire."""
+    names = ("first", "second", "last")
+    whole = nn.ModuleDict(dict(zip(names, layers)))
+    packed = {INT8: Int8().apply(whole), INT4: Group().apply(whole)}
+    runs = {DENSE: _dense_run(layers, x)}
+    runs |= {name: _dense_run([made.get_submodule(n) for n in names], x) for name, made in packed.items()}
+    for name, (gate, rows) in SPARSE_FORMATS.items():
+        part = SparseFeedForward.from_layers(dict(zip(names, layers)), shift, gate, rows)
+        runs[name] = _sparse_run(part, x, gates)
+    return runs
 
 
-def one_token(part: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """Another token each time, so that other neurons fire."""
-    turn = 0
+def _product(layer: Any, tokens: Tensor, outputs: int) -> Callable[[int], Tensor]:
+    """The kernel of a layer without its module: it takes the number of a token in `tokens`."""
+    y, threads, width = torch.zeros(1, outputs), torch.get_num_threads(), tokens.shape[1]
+    at = [row.data_ptr() for row in tokens]
+    if hasattr(layer, "layout"):
+        codes, grid = layer.layout()
+        sizes = 1, outputs, width, layer.group, layer.bits, threads
+
+        def packed(i: int) -> Tensor:
+            _native.group_linear(at[i % len(tokens)], codes.data_ptr(), grid.data_ptr(), y.data_ptr(), *sizes)
+            return y
+
+        return packed
+    weight = layer.values if hasattr(layer, "values") else layer.weight
+
+    def dense(i: int) -> Tensor:
+        _native.dense_linear(weight.data_ptr(), outputs, width, False, at[i % len(tokens)], 1, y.data_ptr(), threads)
+        return y
+
+    return dense
+
+
+def _dense_run(layers: Sequence[nn.Module], x: Tensor) -> Callable[[], Any]:
+    """Three products; what is multiplied between them takes no time beside them and is left out."""
+    gate, up = (_product(layer, x, NEURONS) for layer in layers[:2])
+    down, turn = _product(layers[2], torch.randn(1, NEURONS), INPUTS), count()
 
     def run() -> Tensor:
-        nonlocal turn
-        turn = (turn + 1) % len(x)
-        with torch.inference_mode():
-            return part(x[turn : turn + 1])
+        i = next(turn)
+        gate(i), up(i)
+        return down(i)
+
+    return run
+
+
+def _sparse_run(part: SparseFeedForward, x: Tensor, gates: Tensor) -> Callable[[], Any]:
+    """The gate, then the neurons that fire by the float gates, so that all formats read equally many."""
+    gate, turn, threads = _product(part.layers()[0], x, NEURONS), count(), torch.get_num_threads()
+    up, _, down, _ = kept = part.sparse_parts()
+    assert up is not None
+    native = native_part((INPUTS, NEURONS, INPUTS), part.shift, up[:2], None, down[:2], None)
+    y, at = torch.zeros(1, INPUTS), [(a.data_ptr(), b.data_ptr()) for a, b in zip(x, gates)]
+
+    def run() -> Any:
+        i = next(turn)
+        gate(i)
+        _native.sparse_ffn(*at[i % len(at)], native, y.data_ptr(), 1, threads)
+        return y, kept, x, gates  # which hold the memory that is read
 
     return run
 
