@@ -2,9 +2,9 @@
 
     python benchmarks/sparse_ffn.py        # writes results/sparse_ffn.csv, about two minutes
 
-One token through a gated feed-forward part (gate, up, down), in the caches and beyond. The sparse part computes the
-gate whole and gathers the rows of up and down of the active neurons, which are drawn at random, so that neighbours are
-rarely both read. Dense are our own kernels on three matrices in each format, and torch in float32. All are timed in
+One token through a gated feed-forward part (gate, up, down), in the caches and beyond them. The sparse part computes
+the gate whole and gathers the rows of up and down of the active neurons, which are drawn at random, so that neighbours
+are rarely both read. Dense are our own kernels on three matrices in each format, and torch in float32. All are timed in
 turn (ABAB) by their native calls, without operators or modules around them; a time is the median over rounds with the
 interquartile range. `break_even_<format>` is the share of active neurons from which on the dense part of that format
 is faster.

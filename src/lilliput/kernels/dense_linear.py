@@ -23,8 +23,9 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
 def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     _check(x, weight)
     x, y = x.contiguous(), torch.empty(len(x), len(weight))
-    shape = (*weight.shape, weight.dtype == torch.bfloat16)
-    _native.dense_linear(weight.data_ptr(), *shape, x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads())
+    (rows, columns), half = weight.shape, weight.dtype == torch.bfloat16
+    addresses = x.data_ptr(), len(x), y.data_ptr()
+    _native.dense_linear(weight.data_ptr(), rows, columns, half, *addresses, torch.get_num_threads())
     return y
 
 

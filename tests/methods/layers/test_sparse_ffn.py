@@ -6,7 +6,7 @@ from torch import nn
 
 from lilliput.artifact import load, save
 from lilliput.errors import UserError
-from lilliput.kernels.decoder import Decoder, foreign_layers
+from lilliput.kernels.decoder import Decoder, Reference, foreign_layers
 from lilliput.kernels.decoder_parts import parts_of
 from lilliput.methods.layers._rows import RowLinear, fitting_group
 from lilliput.methods.layers.relufy import Relufy
@@ -55,6 +55,22 @@ def test_a_gated_model_answers_as_before(relu_llama, gate, rows):
     assert error(logits(model), logits(relu_llama)) < max(TOLERANCES[gate], TOLERANCES[rows])
 
 
+@pytest.mark.parametrize("rows", TOLERANCES)
+def test_behind_rectified_norms_the_gate_reads_the_inputs_that_are_not_zero(llama_work, rows, tmp_path):
+    plan = Plan([Step(Relufy(stage=2, sparsity=0.8)), Step(SparseFFN(gate="inputs", rows=rows, group=32))])
+    model, whole = plan.apply(llama_work), Relufy(stage=2, sparsity=0.8).apply(llama_work.model, llama_work)
+    assert error(logits(model), logits(whole)) < TOLERANCES[rows]
+    again = load(save(model, tmp_path / "sparse", llama_work, plan))
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_gate_by_inputs_runs_on_the_plain_decoder(relu_llama):
+    session = LeanSession(SparseFFN(gate="inputs").apply(relu_llama), 64)
+    assert isinstance(session.decoder, Reference)
+    ids = torch.arange(3, 23)[None]
+    assert error(session({"input_ids": ids}), relu_llama(input_ids=ids, use_cache=False).logits.detach()) < 0.03
+
+
 def test_a_plain_model_with_biases_answers_as_before(relu_gpt2):
     model = SparseFFN(gate="float32", rows="float32").apply(relu_gpt2)
     assert all(isinstance(block.mlp, SparseFeedForward) for block in model.transformer.h)
@@ -66,6 +82,17 @@ def test_gradients_flow_through_as_through_the_ordinary_part(relu_llama):
     x = torch.randn(2, 5, 32, requires_grad=True)
     slopes = [torch.autograd.grad(p(x).square().sum(), x)[0] for p in (part, relu_llama.model.layers[0].mlp)]
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_keep_any_of_the_usual_names():
+    layers = {"gate": nn.Linear(32, 64), "up": nn.Linear(32, 64), "down": nn.Linear(64, 32)}
+    part, x = SparseFeedForward.from_layers(layers, 0.1, "float32", "float32"), torch.randn(4, 32)
+    with torch.no_grad():
+        expected = layers["down"](torch.relu(layers["gate"](x) - 0.1) * layers["up"](x))
+        torch.testing.assert_close(part(x), expected, rtol=1e-4, atol=1e-5)
+    layers["forward"] = layers.pop("down")
+    with pytest.raises(UserError, match="forward"):
+        SparseFeedForward.from_layers(layers, 0.1, "float32", "float32")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -75,8 +75,8 @@ class RowLinear(nn.Module):
         return made
 
     def _shape(self) -> tuple[int, int]:
-        sizes = self.out_features, self.in_features
-        return sizes if self.by == "outputs" else sizes[::-1]
+        by_output = self.by == "outputs"
+        return (self.out_features, self.in_features) if by_output else (self.in_features, self.out_features)
 
     def rebuild_config(self) -> dict[str, Any]:
         """Arguments of the constructor."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +81,13 @@ def _watching_hidden(model: nn.Module, layers: dict[str, str], see: Callable[[st
     """Calls `see(part, hidden)` with the neurons of each part (B, T, n); sparse parts are asked for theirs."""
     handles = []
     for name, down in layers.items():
-        part = model.get_submodule(name)
-        if hasattr(part, "activations"):
-            hook = part.register_forward_pre_hook(lambda m, args, n=name: see(n, m.activations(args[0])))
-        else:
-            hook = model.get_submodule(down).register_forward_pre_hook(lambda m, args, n=name: see(n, args[0]))
-        handles.append(hook)
+        part: Any = model.get_submodule(name)
+        asks = hasattr(part, "activations")
+
+        def hook(_: nn.Module, args: tuple, name: str = name, part: Any = part, asks: bool = asks) -> None:
+            see(name, part.activations(args[0]) if asks else args[0])
+
+        handles.append((part if asks else model.get_submodule(down)).register_forward_pre_hook(hook))
     try:
         yield
     finally:
@@ -99,10 +101,13 @@ def limited(model: nn.Module, allow: Callable[[str, Tensor], Tensor]) -> Iterato
 
     For parts of ordinary layers: it shows what leaving neurons out does to the answers.
     """
-    handles = [
-        model.get_submodule(down).register_forward_pre_hook(lambda m, args, n=name: (args[0] * allow(n, args[0]),))
-        for name, down in hidden_layers(model).items()
-    ]
+    handles = []
+    for name, down in hidden_layers(model).items():
+
+        def hook(_: nn.Module, args: tuple, name: str = name) -> tuple[Tensor]:
+            return (args[0] * allow(name, args[0]),)
+
+        handles.append(model.get_submodule(down).register_forward_pre_hook(hook))
     try:
         yield
     finally:

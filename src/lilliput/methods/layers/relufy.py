@@ -58,7 +58,7 @@ class Relufy(Method):
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         blocks = {b.mlp.name: b for b in needs_blocks(model, self.name()).blocks if b.mlp}
-        mlps = {name: blocks[name].mlp for name in layers}
+        mlps = {name: mlp for name in layers if (mlp := blocks[name].mlp)}
         shifts = _shifts(model, workload, mlps, layers)
         norms = _norms(model, workload, [blocks[n] for n, settings in layers.items() if settings.stage == 2])
         for name, mlp in mlps.items():
@@ -83,13 +83,13 @@ def _shifts(
     found = dict.fromkeys(mlps, 0.0)
     if wanted:
         work = need_workload(workload, "layers.relufy", "to set the shift (or use sparsity=0)")
-        samples = _inputs_of(model, work, {n: activation_name(model, m) or "" for n, m in wanted.items()})
+        samples = inputs_of(model, work, {n: activation_name(model, m) or "" for n, m in wanted.items()})
         found |= {n: shift_for(samples[n], layers[n].sparsity) for n in wanted}
     return found
 
 
 @torch.no_grad()
-def _inputs_of(model: nn.Module, work: Workload, modules: Mapping[str, str]) -> dict[str, Tensor]:
+def inputs_of(model: nn.Module, work: Workload, modules: Mapping[str, str]) -> dict[str, Tensor]:
     """Key -> evenly spaced samples of what reaches the named module on the calibration data."""
     kept: dict[str, list[Tensor]] = {key: [] for key in modules}
     limit = -(-SAMPLES // len(work.calibration))

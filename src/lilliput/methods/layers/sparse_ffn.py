@@ -33,12 +33,15 @@ from lilliput.workload import Workload
 
 PROBES = 4  # random inputs on which a part must compute what it is taken for
 TOLERANCE = 1e-3  # relative
+BY_INPUTS = "inputs"  # a gate that reads the rows of inputs that are not zero, in the format of the other rows
+GATES = (*FORMATS, BY_INPUTS)
 
 
 class SparseFeedForward(nn.Module):
     """A feed-forward part (..., inputs) -> (..., inputs) whose layers keep their names: gate, up (if any), down.
 
-    The gate is a PackedLinear (int8, int4) or a RowLinear (float32, bfloat16); up and down are rows of neurons.
+    The gate is a PackedLinear (int8, int4) or a RowLinear (float32, bfloat16, or by its inputs in the format of the
+    rows); up and down are rows of neurons.
     """
 
     def __init__(
@@ -53,11 +56,13 @@ class SparseFeedForward(nn.Module):
         biases: Sequence[bool],
     ):
         super().__init__()
-        if not len(names) == len(groups) == len(biases) in (2, 3) or gate not in FORMATS:
+        if not len(names) == len(groups) == len(biases) in (2, 3) or gate not in GATES:
             raise UserError(f"a sparse feed-forward part has 2 or 3 layers with a group and a bias each, not {names}")
         self.names, self.inputs, self.neurons, self.shift = tuple(names), inputs, neurons, shift
-        self.gate, self.rows, self.groups = gate, rows, tuple(groups)
-        self.add_module(names[0], _gate_layer(inputs, neurons, gate, groups[0], biases[0]))
+        self.gate_format, self.row_format, self.groups = gate, rows, tuple(groups)
+        if taken := [name for name in names if hasattr(self, name)]:
+            raise UserError(f"a layer is called {taken[0]!r}, which a sparse feed-forward part needs itself; rename it")
+        self.add_module(names[0], _gate_layer(inputs, neurons, gate, rows, groups[0], biases[0]))
         for name, group, bias in list(zip(names, groups, biases))[1:-1]:
             self.add_module(name, RowLinear(inputs, neurons, "outputs", rows, group, bias))
         self.add_module(names[-1], RowLinear(neurons, inputs, "inputs", rows, groups[-1], biases[-1]))
@@ -68,7 +73,7 @@ class SparseFeedForward(nn.Module):
     ) -> SparseFeedForward:
         """The same part with its layers (name -> gate, up if any, down) stored as asked for."""
         names, linears = list(layers), list(layers.values())
-        made: list[Any] = [_stored_gate(linears[0], gate, group)]
+        made: list[Any] = [_stored_gate(linears[0], gate, rows, group)]
         made += [RowLinear.from_weight(up.weight, up.bias, "outputs", rows, group) for up in linears[1:-1]]
         made.append(RowLinear.from_weight(linears[-1].weight, linears[-1].bias, "inputs", rows, group))
         inputs, neurons = linears[0].in_features, linears[0].out_features
@@ -84,7 +89,12 @@ class SparseFeedForward(nn.Module):
         """Arguments of the constructor."""
         sizes = {"names": list(self.names), "inputs": self.inputs, "neurons": self.neurons, "shift": self.shift}
         biases = [layer.bias is not None for layer in self.layers()]
-        return sizes | {"gate": self.gate, "rows": self.rows, "groups": list(self.groups), "biases": biases}
+        return sizes | {
+            "gate": self.gate_format,
+            "rows": self.row_format,
+            "groups": list(self.groups),
+            "biases": biases,
+        }
 
     def extra_repr(self) -> str:
         return f"shift={self.shift:.4g}"
@@ -96,8 +106,8 @@ class SparseFeedForward(nn.Module):
     def sparse_parts(self) -> tuple[kernel.Rows | None, Tensor | None, kernel.Rows, Tensor | None]:
         """Rows and bias of up (None: none) and of down, as kernels take them."""
         *_, up, down = self.layers()
-        above = (up.rows(), up.float_bias()) if len(self.names) == 3 else (None, None)
-        return *above, down.rows(), down.float_bias()
+        below = down.rows(), down.float_bias()
+        return (None, None, *below) if len(self.names) == 2 else (up.rows(), up.float_bias(), *below)
 
     def activations(self, x: Tensor) -> Tensor:
         """What the gate lets through for x (..., inputs): (..., neurons), zero for those that are silent."""
@@ -120,14 +130,18 @@ class SparseFeedForward(nn.Module):
         return down.plain(hidden).to(x.dtype)
 
 
-def _gate_layer(inputs: int, neurons: int, format: str, group: int, bias: bool) -> nn.Module:
+def _gate_layer(inputs: int, neurons: int, format: str, rows: str, group: int, bias: bool) -> nn.Module:
+    if format == BY_INPUTS:
+        return RowLinear(inputs, neurons, "inputs", rows, group, bias)
     if format in ("int8", "int4"):
         return PackedLinear(inputs, neurons, 8 if format == "int8" else 4, group, bias)
     return RowLinear(inputs, neurons, "outputs", format, 0, bias)
 
 
-def _stored_gate(linear: nn.Linear, format: str, group: int) -> nn.Module:
+def _stored_gate(linear: nn.Linear, format: str, rows: str, group: int) -> nn.Module:
     weight, columns = linear.weight.detach(), linear.in_features
+    if format == BY_INPUTS:
+        return RowLinear.from_weight(weight, linear.bias, "inputs", rows, group)
     if format not in ("int8", "int4"):
         return RowLinear.from_weight(weight, linear.bias, "outputs", format)
     bits, shared = (8, columns) if format == "int8" else (4, fitting_group(group, columns))
@@ -142,7 +156,12 @@ class SparseFFN(Method):
     Faster for few tokens at a time, as in decoding, and only where most neurons are silent.
     """
 
-    gate: str = knob("int8", choices=FORMATS, per_layer=True, help="how the gate, which is read whole, is stored")
+    gate: str = knob(
+        "int8",
+        choices=GATES,
+        per_layer=True,
+        help="how the gate is stored; 'inputs': as rows of its inputs, of which those that are zero are not read",
+    )
     rows: str = knob("int8", choices=FORMATS, per_layer=True, help="how the rows of up and down are stored")
     group: int = knob(64, choices=(32, 64, 128), help="weights that share a grid in int4")
     paper: ClassVar[str] = "relu_strikes_back"
