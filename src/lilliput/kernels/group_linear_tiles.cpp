@@ -221,7 +221,8 @@ void multiply_blocks(const PackedMatrix& matrix, const Piece* pieces, int64_t to
 template <int Bits>
 void multiply_range(const PackedMatrix& matrix, const Piece* pieces, int64_t tokens, int64_t first, int64_t last,
                     float* y, uint8_t* panel) {
-  for (; first + kMaxBlocks <= last; first += kMaxBlocks) {
+  const bool together = tokens > 1;  // one token waits for memory, which gives a single stream faster than two
+  for (; together && first + kMaxBlocks <= last; first += kMaxBlocks) {
     multiply_blocks<Bits, kMaxBlocks>(matrix, pieces, tokens, first, y, panel);
   }
   for (; first < last; ++first) multiply_blocks<Bits, 1>(matrix, pieces, tokens, first, y, panel);
