@@ -35,7 +35,7 @@ def test_the_plan_of_a_recovery_gives_the_same_model(cnn_work, monkeypatch):
     assert found is not None
     plan, model = found
     steps = next(s.method.steps for s in plan.steps if isinstance(s.method, Logits))
-    assert steps == pytest.approx((20 - 0.8 - 2 * 0.2) / (0.6 / TIMED_STEPS), abs=1)
+    assert steps == pytest.approx((20 - 0.8 - 2 * 0.2) / (0.6 / TIMED_STEPS), abs=1.5)
     again = Plan.from_yaml(plan.to_yaml()).apply(cnn_work)
     for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b)
