@@ -37,7 +37,7 @@ DEFAULT_BUDGET = "memory<=50%, time_per_token<=50%"
 HEAL_STEPS = 60  # of distillation before a feed-forward candidate is judged: without, pruning never pays
 SAFETY = 0.06  # share of a limit kept free while searching: a quick measurement errs by some percent
 PROOFS = 3  # candidates tried at most until one meets the budget in a fresh process
-RESERVE = 2.6  # times what measuring took: kept for verification and the report
+RESERVE = 2.6  # times what measuring took: kept for verification and the report, at most a quarter of the time
 RECOVERY = 0.5  # share kept for recovery by distillation where candidates change structure
 FRONT = (0.75, 0.5, 0.35, 1.25)  # shares of the budget whose optima are built too: they show the front, teach the costs
 TRIES = 6  # genomes timed in a round before one is healed and judged, where that takes long
@@ -336,8 +336,9 @@ class Job:
         return self._left_to_recover() - RECOVERY * self.options.minutes * 60 * (self.bench.heal_steps > 0)
 
     def _left_to_recover(self) -> float:
-        reserve = RESERVE * self.timings.get("measure", 0.0)
-        return self.options.minutes * 60 - reserve - (time.monotonic() - self.start)
+        limit = self.options.minutes * 60
+        reserve = min(RESERVE * self.timings.get("measure", 0.0), limit / 4)
+        return limit - reserve - (time.monotonic() - self.start)
 
     def _timed(self, name: str) -> None:
         self.timings[name] = time.monotonic() - self.start - sum(self.timings.values())
