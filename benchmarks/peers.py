@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -47,13 +48,16 @@ class Contender:
     facts: dict[str, Any]
 
     def ask(self, **request: Any) -> dict[str, Any]:
+        """The answer; the process is stopped before and after, so that its waiting threads take no core from others."""
         assert self.process.stdin
         assert self.process.stdout
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.name} {self.form} ended with code {self.process.wait()}; its error stands above")
+        self.process.send_signal(signal.SIGSTOP)
         return json.loads(line)
 
 
