@@ -1,4 +1,4 @@
-// llama.cpp through npm's node-llama-cpp, obeying the same lines as peer_workers.py:  node peer_node.mjs MODEL.gguf
+// llama.cpp through npm's node-llama-cpp, obeying the same lines as _peer_workers.py:  node peer_node.mjs MODEL.gguf
 import { createInterface } from "node:readline";
 import { statSync } from "node:fs";
 import { createRequire } from "node:module";

@@ -16,9 +16,9 @@ import importlib.util
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -34,6 +34,7 @@ HERE = Path(__file__).parent
 GGUF = {"smollm2-135m": "smollm2-gguf", "gemma3-270m": "gemma3-gguf"}
 FILE_TYPES = {"Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers
 PROMPT, NEW, LONG_PROMPT = 128, 64, 512
+SETTLE_S = 0.5
 WINDOWS = 12  # of the test text that perplexity is taken on
 OURS = ("int4-64", "int4-32", "int8", "float32")
 
@@ -48,16 +49,15 @@ class Contender:
     facts: dict[str, Any]
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """The answer; the process is stopped before and after, so that its waiting threads take no core from others."""
+        """The answer, after a pause in which the threads of the engine before stop waiting actively."""
         assert self.process.stdin
         assert self.process.stdout
-        self.process.send_signal(signal.SIGCONT)
+        time.sleep(SETTLE_S)
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.name} {self.form} ended with code {self.process.wait()}; its error stands above")
-        self.process.send_signal(signal.SIGSTOP)
         return json.loads(line)
 
 
@@ -155,7 +155,7 @@ def _installed(module: str) -> bool:
 
 
 def _python(engine: str, model: str, form: str, path: str = "") -> Contender:
-    command = [sys.executable, str(HERE / "peer_workers.py"), engine, model, path or form]
+    command = [sys.executable, str(HERE / "_peer_workers.py"), engine, model, path or form]
     return Contender(engine, form, _start(command, None), {})
 
 

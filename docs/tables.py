@@ -200,10 +200,8 @@ def results_part(longest: int = LONGEST) -> str:
 
 def benchmark_scripts() -> list[Path]:
     """The benchmarks that can be run."""
-    scripts = sorted((ROOT / "benchmarks").glob("*.py"))
-    return [
-        script for script in scripts if "write_rows(" in script.read_text(encoding="utf-8") and script.stem != "tables"
-    ]
+    scripts = sorted((ROOT / "benchmarks").glob("[!_]*.py"))
+    return [script for script in scripts if "__main__" in script.read_text(encoding="utf-8")]
 
 
 def result_files(script: Path) -> list[Path]:
