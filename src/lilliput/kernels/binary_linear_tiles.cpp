@@ -84,11 +84,8 @@ inline void count(const SignMatrix& matrix, const uint8_t* codes, const uint32_t
 inline Floats scales_of(const SignMatrix& matrix, int64_t row) {
   Floats scale = {};
   const int64_t left = matrix.rows - row;
-  if (left >= kWidth) {
-    std::memcpy(&scale, matrix.scale + row, sizeof scale);
-  } else if (left > 0) {
-    std::memcpy(&scale, matrix.scale + row, left * sizeof(float));
-  }
+  if (left >= kWidth) std::memcpy(&scale, matrix.scale + row, sizeof scale);
+  if (left > 0 && left < kWidth) std::memcpy(&scale, matrix.scale + row, left * sizeof(float));
   return scale;
 }
 
@@ -100,18 +97,22 @@ void tile(const SignMatrix& matrix, const SignTokens& tokens, int64_t token, int
   count<Tokens * Planes, Blocks>(matrix, matrix.codes + block * matrix.block_bytes(),
                                  tokens.bits + token * Planes * matrix.words(), counts);
   const Ints inputs = splat(static_cast<int32_t>(matrix.inputs()));
-  for (int v = 0; v < kCount; ++v) {
-    const int64_t row = block * kSignRows + v * kWidth;
-    const Floats scale = scales_of(matrix, row);
-    for (int t = 0; t < Tokens; ++t) {
+  Floats scales[kCount];
+  for (int v = 0; v < kCount; ++v) scales[v] = scales_of(matrix, block * kSignRows + v * kWidth);
+#pragma GCC unroll 12  // or the counts would leave their registers
+  for (int t = 0; t < Tokens; ++t) {
+    const float factor = tokens.means ? tokens.means[token + t] : 1.0f;
+#pragma GCC unroll 4
+    for (int v = 0; v < kCount; ++v) {
+      const int64_t row = block * kSignRows + v * kWidth;
       Ints base = inputs;
       if (tokens.corrections) base += (Ints)load_words(tokens.corrections[token + t] + row);
       Floats sum = {};
+#pragma GCC unroll 3
       for (int p = 0; p < Planes; ++p) {
         sum += to_float(base - 2 * (Ints)counts[t * Planes + p][v]) * tokens.levels[p];
       }
-      const float factor = tokens.means ? tokens.means[token + t] : 1.0f;
-      store_rows(sum * scale * factor, row, matrix.rows, y + (token + t) * matrix.rows);
+      store_rows(sum * scales[v] * factor, row, matrix.rows, y + (token + t) * matrix.rows);
     }
   }
 }

@@ -13,6 +13,13 @@ Alone, on a model of your own:
 Signs lose all of an input that is never negative (what a ReLU gives). XNOR-Net puts a BatchNorm before each binary
 layer; here `shift` gives each input channel a learned threshold instead, as later networks do (reconstructed), which
 starts at its mean.
+
+Measured, results/binary.csv (one thread, AVX-512 with VPOPCNTDQ, no AMX, activations packed inside the time): with
+signs, matrix-vector products beyond the L2 cache take a fourth to a fifth of the time of our int4 kernel, large
+products a third of torch's int8; convolutions are 4 to 24 times faster than torch's float32, about as OpenVINO's
+BinaryConvolution. Nothing is won on matrices so small that the call takes the time (576 x 576), nor, but for the
+bytes, with real inputs: one bit then beats int4 only from memory, and convolutions are slower than float. A machine
+with AMX multiplies int8 faster than it counts bits.
 """
 
 from __future__ import annotations
