@@ -190,7 +190,7 @@ def recover(
 ) -> nn.Module:
     """Distil the original into a contender, note its figures, and return it."""
     goals = dict.fromkeys((n for mlp in mlps(model) for n in (*mlp.into, mlp.down)), pruned) if pruned else {}
-    recovery = Recovery(work, effort.check_every)
+    recovery, batches = Recovery(work, effort.check_every), list(work.training or ())
     start = work.score(model).value
 
     def loss(student: nn.Module, batch: Batch) -> Tensor:
@@ -198,14 +198,14 @@ def recover(
 
     with evaluating(work.model):
         callbacks = [*([Growing(goals, effort.steps)] if goals else []), recovery]
-        train(model, list(work.training or ()), loss, steps=effort.steps, lr=LR, clip_norm=1.0, seed=seed,
+        train(model, batches, loss, steps=effort.steps, lr=LR, clip_norm=1.0, seed=seed,
               callbacks=callbacks)  # fmt: skip
     if goals:
         model = Magnitude(sparsity=pruned).apply(model, layers=list(goals))
     note(found, name, model.eval(), work)
     found[name].add(validation_perplexity_untrained=start)
     for step, value in recovery.seen.items():
-        found[name].add(**{f"validation_perplexity_{step * BATCH * effort.length}_tokens": value})
+        found[name].add(**{f"validation_perplexity_{step * batches[0]['input_ids'].numel()}_tokens": value})
     if pruned:
         found[name].add(share_of_weights_read=1 - pruned)
     return model
