@@ -273,6 +273,7 @@ def test_stored_weights_that_do_not_fit_are_refused():
         (stored.int(), scale, zero, 64, 4),
         (stored, scale, zero, 63, 4),
         (stored, scale, zero[:, :1], 64, 4),
+        (stored[:, :0], scale, zero, 0, 4),
         (stored, scale, None, 64, 4),
         (stored, scale[0], zero[0], 64, 4),
         (stored, scale, zero, 64, 8),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lilliput.errors import UserError
 from lilliput.kernels import _native, group_linear
+from lilliput.kernels.checks import check_input
 from lilliput.kernels.group_linear import BLOCK, PIECE
 
 BITS = (4, 3, 2)
@@ -105,7 +106,7 @@ def codebook_linear(
 def _codebook_linear(
     x: Tensor, codes: Tensor, scale: Tensor, tables: Tensor, rows: int, group: int, bits: int
 ) -> Tensor:
-    _check_input(x)
+    check_input(x, "codebook_linear")
     tokens, columns = x.shape
     _check_layout(codes, scale, tables, rows, columns, group, bits)
     x = x.contiguous()
@@ -114,13 +115,6 @@ def _codebook_linear(
     shared = tables.numel() == TABLE
     _native.codebook_linear(*addresses, tokens, rows, columns, group, bits, shared, torch.get_num_threads())
     return y
-
-
-def _check_input(x: Tensor) -> None:
-    if x.dtype != torch.float32 or x.ndim != 2:
-        raise UserError(
-            f"x is {x.dtype} with shape {tuple(x.shape)}; codebook_linear takes (tokens, inputs) in float32"
-        )
 
 
 def _check_layout(codes: Tensor, scale: Tensor, tables: Tensor, rows: int, columns: int, group: int, bits: int) -> None:
@@ -143,7 +137,7 @@ def _check_layout(codes: Tensor, scale: Tensor, tables: Tensor, rows: int, colum
 
 
 def _fake(x: Tensor, codes: Tensor, scale: Tensor, tables: Tensor, rows: int, group: int, bits: int) -> Tensor:
-    _check_input(x)
+    check_input(x, "codebook_linear")
     return x.new_empty(x.shape[0], rows)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lilliput.errors import UserError
 from lilliput.kernels import _native, isa
+from lilliput.kernels.checks import check_input, check_packed
 
 PIECE = 32  # inputs that share the scale of their activations
 BLOCK = 16  # rows that stand side by side in the executed layout
@@ -98,7 +99,7 @@ def group_linear(x: Tensor, codes: Tensor, grid: Tensor, rows: int, group: int, 
 
 
 def _group_linear(x: Tensor, codes: Tensor, grid: Tensor, rows: int, group: int, bits: int) -> Tensor:
-    _check_input(x)
+    check_input(x, "group_linear")
     tokens, columns = x.shape
     _check_layout(codes, grid, rows, columns, group, bits)
     x = x.contiguous()
@@ -108,28 +109,14 @@ def _group_linear(x: Tensor, codes: Tensor, grid: Tensor, rows: int, group: int,
     return y
 
 
-def _check_input(x: Tensor) -> None:
-    if x.dtype != torch.float32 or x.ndim != 2:
-        raise UserError(f"x is {x.dtype} with shape {tuple(x.shape)}; group_linear takes (tokens, inputs) in float32")
-
-
 def _check_layout(codes: Tensor, grid: Tensor, rows: int, columns: int, group: int, bits: int) -> None:
     if bits not in (8, 4, 3, 2):
         raise UserError(f"bits is {bits}; choose 8, 4, 3 or 2")
-    if group < 1 or columns % group or rows < 0:
-        raise UserError(f"group {group} does not divide {columns} inputs, or {rows} rows are too few")
-    if codes.device.type != "cpu" or grid.device.type != "cpu":
-        raise UserError(f"the layout is on {codes.device} and {grid.device}; the kernels run on the CPU")
-    if codes.dtype != torch.uint8 or grid.dtype != torch.int16:
-        raise UserError(f"codes are {codes.dtype} and the grid {grid.dtype}; the layout has uint8 and int16")
-    sizes = layout_sizes(rows, columns, group, bits)
-    if (codes.numel(), grid.numel()) != sizes or not (codes.is_contiguous() and grid.is_contiguous()):
-        found = f"{codes.numel()} bytes of codes and {grid.numel()} of grid"
-        raise UserError(f"{found} are not the layout of {rows} x {columns} at {bits} bits; it has {sizes}")
+    check_packed(codes, grid, layout_sizes, rows, columns, group, bits)
 
 
 def _fake(x: Tensor, codes: Tensor, grid: Tensor, rows: int, group: int, bits: int) -> Tensor:
-    _check_input(x)
+    check_input(x, "group_linear")
     return x.new_empty(x.shape[0], rows)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lilliput.errors import UserError
 from lilliput.kernels import _native
+from lilliput.kernels.checks import check_input, check_packed
 
 BITS = (4, 3, 2, 1)
 BLOCK = 64  # rows that stand side by side in the executed layout
@@ -88,7 +89,7 @@ def pack(stored: Tensor, scale: Tensor, zero: Tensor | None, columns: int, bits:
     if scale.ndim != 2 or zero is None or zero.shape != scale.shape:
         raise UserError(f"the scale has the shape {tuple(scale.shape)}; scale and zero must both be (rows, groups)")
     rows, groups = scale.shape
-    group = columns // groups if groups else 1
+    group = max(1, columns // max(1, groups))
     expected = (rows, -(-columns // 8) * bits)
     if stored.dtype != torch.uint8 or stored.shape != expected or groups * group != columns:
         raise UserError(f"codes are {stored.dtype} {tuple(stored.shape)}; {bits} bits need torch.uint8 {expected}")
@@ -117,7 +118,7 @@ def lookup_linear(x: Tensor, codes: Tensor, grid: Tensor, rows: int, group: int,
 
 
 def _lookup_linear(x: Tensor, codes: Tensor, grid: Tensor, rows: int, group: int, bits: int) -> Tensor:
-    _check_input(x)
+    check_input(x, "lookup_linear")
     tokens, columns = x.shape
     _check_layout(codes, grid, rows, columns, group, bits)
     x = x.contiguous()
@@ -127,11 +128,6 @@ def _lookup_linear(x: Tensor, codes: Tensor, grid: Tensor, rows: int, group: int
     return y
 
 
-def _check_input(x: Tensor) -> None:
-    if x.dtype != torch.float32 or x.ndim != 2:
-        raise UserError(f"x is {x.dtype} with shape {tuple(x.shape)}; lookup_linear takes (tokens, inputs) in float32")
-
-
 def _check_bits(bits: int) -> None:
     if bits not in BITS:
         raise UserError(f"bits is {bits}; choose 4, 3, 2 or 1 for products by lookup")
@@ -139,20 +135,11 @@ def _check_bits(bits: int) -> None:
 
 def _check_layout(codes: Tensor, grid: Tensor, rows: int, columns: int, group: int, bits: int) -> None:
     _check_bits(bits)
-    if group < 1 or columns % group or rows < 0:
-        raise UserError(f"group {group} does not divide {columns} inputs, or {rows} rows are too few")
-    if codes.device.type != "cpu" or grid.device.type != "cpu":
-        raise UserError(f"the layout is on {codes.device} and {grid.device}; the kernels run on the CPU")
-    if codes.dtype != torch.uint8 or grid.dtype != torch.int16:
-        raise UserError(f"codes are {codes.dtype} and the grid {grid.dtype}; the layout has uint8 and int16")
-    sizes = layout_sizes(rows, columns, group, bits)
-    if (codes.numel(), grid.numel()) != sizes or not (codes.is_contiguous() and grid.is_contiguous()):
-        found = f"{codes.numel()} bytes of codes and {grid.numel()} of grid"
-        raise UserError(f"{found} are not the layout of {rows} x {columns} at {bits} bits; it has {sizes}")
+    check_packed(codes, grid, layout_sizes, rows, columns, group, bits)
 
 
 def _fake(x: Tensor, codes: Tensor, grid: Tensor, rows: int, group: int, bits: int) -> Tensor:
-    _check_input(x)
+    check_input(x, "lookup_linear")
     return x.new_empty(x.shape[0], rows)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lilliput.errors import UserError
 from lilliput.kernels import _native
+from lilliput.kernels.checks import check_input
 
 BAND = 16  # rows that stand side by side
 SHAPES = {4: (8, 3), 3: (12, 4)}  # bits -> inputs C and terms P of a block
@@ -118,7 +119,7 @@ def seed_linear(x: Tensor, codes: Tensor, rows: int, bits: int, offset: int) -> 
 
 
 def _seed_linear(x: Tensor, codes: Tensor, rows: int, bits: int, offset: int) -> Tensor:
-    _check_input(x)
+    check_input(x, "seed_linear")
     tokens, columns = x.shape
     _check_layout(codes, rows, columns, bits, offset)
     x = x.contiguous()
@@ -126,11 +127,6 @@ def _seed_linear(x: Tensor, codes: Tensor, rows: int, bits: int, offset: int) ->
     addresses = x.data_ptr(), codes.data_ptr(), y.data_ptr()
     _native.seed_linear(*addresses, tokens, rows, columns, bits, offset, torch.get_num_threads(), True)
     return y
-
-
-def _check_input(x: Tensor) -> None:
-    if x.dtype != torch.float32 or x.ndim != 2:
-        raise UserError(f"x is {x.dtype} with shape {tuple(x.shape)}; seed_linear takes (tokens, inputs) in float32")
 
 
 def _check_layout(codes: Tensor, rows: int, columns: int, bits: int, offset: int) -> None:
@@ -146,7 +142,7 @@ def _check_layout(codes: Tensor, rows: int, columns: int, bits: int, offset: int
 
 
 def _fake(x: Tensor, codes: Tensor, rows: int, bits: int, offset: int) -> Tensor:
-    _check_input(x)
+    check_input(x, "seed_linear")
     return x.new_empty(x.shape[0], rows)
 
 

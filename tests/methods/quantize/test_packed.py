@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -41,14 +41,16 @@ def layer(outputs, inputs, bits, group, bias=False, seed=0):
 
 
 def check_product(packed, x):
-    """The product within what rounding the activations explains: half a step of 1/127 of the largest near one."""
+    """The product within what rounding the activations explains: half a step of 1/127 of the largest near one, times
+    the coded part of the weights; the zero is multiplied with the activations as they were."""
     w = packed.dequantized().double()
     expected, reach = x.double() @ w.T, x.double().abs() @ w.abs().T
     if packed.bias is not None:
         expected = expected + packed.bias.double()
     groups = x.double().abs().reshape(-1, packed.columns // packed.group, packed.group)
     half_steps = (groups.amax(-1, keepdim=True) / 254).expand_as(groups).flatten(1)
-    allowed = half_steps @ w.abs().T if x.numel() else torch.zeros(0, packed.rows)
+    coded = w if packed.bits == 8 else w - packed.tensors()["zero"].double().repeat_interleave(packed.group, 1)
+    allowed = half_steps @ coded.abs().T if x.numel() else torch.zeros(0, packed.rows)
     allowed = allowed.view(expected.shape) + 1e-5 * (reach + expected.abs()) + 1e-6
     assert ((packed(x).double() - expected).abs() <= allowed).all()
 
@@ -86,6 +88,7 @@ def test_eight_codes_are_one_little_endian_integer(bits, data):
     st.sampled_from([(), (1,), (3,), (2, 3), (0,), (2, 0, 1)]),
     st.integers(0, 2**30),
 )
+@example(2, 16, (7, 7), False, (1,), 143)  # a zero as large as the coded part
 def test_the_product_is_that_of_the_dequantized_weights(bits, outputs, shape, bias, batch, seed):
     inputs, group = shape
     packed, _ = layer(outputs, inputs, bits, inputs if bits == 8 else group, bias, seed)
