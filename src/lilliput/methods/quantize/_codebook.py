@@ -197,7 +197,7 @@ class CodebookLinear(KernelLinear):
         """Bytes the weights take in memory and on disk."""
         return self.codes.nbytes + self.scale.nbytes + self.tables.nbytes
 
-    def product(self, rows: Tensor) -> Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         layout = (self.codes, self.scale, self.tables)
         return kernel.codebook_linear(rows, *layout, self.out_features, self.group, self.bits)
 

@@ -1,8 +1,7 @@
-"""What layers of other codes share: the product by a kernel, its gradient for the input, and their place in a model."""
+"""What layers of other codes share: the product by a kernel, and their place in a model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,13 +11,13 @@ from torch import Tensor, nn
 from lilliput.anatomy import anatomy
 from lilliput.edits import set_module
 from lilliput.errors import UserError
-from lilliput.methods.quantize._packed import quantizable
+from lilliput.methods.quantize._packed import by_kernel, quantizable
 
 
 class KernelLinear(nn.Module):
     """y = x W^T + b by a kernel; the output has the type of the input.
 
-    A subclass gives `product` on float32 rows (M, in_features) and `dequantized` weights (out_features, in_features).
+    A subclass gives `multiply` for float32 rows (M, in_features) and `dequantized` weights (out_features, in_features).
     """
 
     bias: Tensor | None
@@ -30,7 +29,7 @@ class KernelLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
-    def product(self, rows: Tensor) -> Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         """(M, in_features) float32 -> (M, out_features) by the kernel, without the bias."""
         raise NotImplementedError
 
@@ -43,29 +42,7 @@ class KernelLinear(nn.Module):
         self.bias = None if bias is None else bias.detach().float().clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            raise UserError(f"the input of a packed layer is {x.dtype}; give float32 or bfloat16")
-        rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)
-        if rows.requires_grad and torch.is_grad_enabled():
-            y = _Differentiable.apply(rows, self)
-        else:
-            y = self.product(rows.float()).to(rows.dtype)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
-
-
-class _Differentiable(torch.autograd.Function):
-    """The kernel's product with the gradient of the dequantised one for its input."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, layer: KernelLinear) -> Tensor:  # type: ignore[override]
-        ctx.layer = layer
-        return layer.product(rows.float()).to(rows.dtype)
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return slope @ ctx.layer.dequantized().to(slope.dtype), None
+        return by_kernel(self, x)
 
 
 def untied(model: nn.Module) -> Iterator[str]:

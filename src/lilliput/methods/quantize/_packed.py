@@ -175,22 +175,11 @@ class PackedLinear(_Packed):
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}"
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(math.prod(x.shape[:-1]), self.in_features)
-        if rows.requires_grad and torch.is_grad_enabled():
-            y = _Differentiable.apply(rows, self)
-        else:
-            y = self.packed_product(rows)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return by_kernel(self, x)
 
-    def packed_product(self, rows: Tensor) -> Tensor:
-        """(M, in_features) -> (M, out_features) by the kernel, without the bias."""
-        if not rows.is_floating_point():
-            raise UserError(f"the input of a packed layer is {rows.dtype}; give float32 or bfloat16")
-        multiply = PRODUCTS[self.product][2]
-        y = multiply(rows.float(), *self.layout(), self.out_features, self.group, self.bits)
-        return y.to(rows.dtype)
+    def multiply(self, rows: Tensor) -> Tensor:
+        """(M, in_features) float32 -> (M, out_features) by the kernel, without the bias."""
+        return PRODUCTS[self.product][2](rows, *self.layout(), self.out_features, self.group, self.bits)
 
     def layout(self) -> tuple[Tensor, Tensor]:
         """Codes and grid as the kernel executes them, made when first asked for."""
@@ -235,13 +224,30 @@ class PackedLinear(_Packed):
         super()._load_from_state_dict(*args)
 
 
+def by_kernel(layer: Any, x: Tensor) -> Tensor:
+    """y = x W^T + b, (..., in_features) -> (..., out_features) in the type of x, with a gradient for x.
+
+    The layer has `multiply` for float32 rows, `dequantized` weights for the gradient, and a `bias` or None.
+    """
+    if not x.is_floating_point():
+        raise UserError(f"the input of a packed layer is {x.dtype}; give float32 or bfloat16")
+    rows = x.reshape(math.prod(x.shape[:-1]), layer.in_features)
+    if rows.requires_grad and torch.is_grad_enabled():
+        y = _Differentiable.apply(rows, layer)
+    else:
+        y = layer.multiply(rows.float()).to(rows.dtype)
+    if layer.bias is not None:
+        y = y + layer.bias.to(y.dtype)
+    return y.view(*x.shape[:-1], layer.out_features)
+
+
 class _Differentiable(torch.autograd.Function):
-    """The packed product with the gradient of the dequantised one for its input."""
+    """The kernel's product with the gradient of the dequantised one for its input."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, layer: PackedLinear) -> Tensor:  # type: ignore[override]
+    def forward(ctx, rows: Tensor, layer: Any) -> Tensor:  # type: ignore[override]
         ctx.layer = layer
-        return layer.packed_product(rows)
+        return layer.multiply(rows.float()).to(rows.dtype)
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

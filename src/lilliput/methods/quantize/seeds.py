@@ -65,7 +65,7 @@ class SeedLinear(KernelLinear):
         """Bytes the weights take in memory and on disk."""
         return self.codes.nbytes
 
-    def product(self, rows: Tensor) -> Tensor:
+    def multiply(self, rows: Tensor) -> Tensor:
         return kernel.seed_linear(rows, self.codes, self.out_features, self.bits, self.offset)
 
     def dequantized(self) -> Tensor:
