@@ -9,6 +9,10 @@ from lilliput.errors import UserError
 from lilliput.kernels import _native, group_linear
 from lilliput.kernels.decoder import Decoder, Reference, decoder_for, foreign_layers
 from lilliput.kernels.decoder_parts import parts_of
+from lilliput.kernels.native_weights import NativeWeights
+from lilliput.methods.quantize.codebook import Codebook
+from lilliput.methods.quantize.group import Group
+from lilliput.methods.quantize.seeds import Seeds
 
 SIZES = {
     "vocab_size": 83,
@@ -102,8 +106,8 @@ class Packed(nn.Module):
         zero = None if bits == 8 else torch.randn_like(scale) * 0.02
         self.parts = group_linear.pack(stored, scale, zero, self.columns, bits)
 
-    def layout(self):
-        return self.parts
+    def native_weights(self):
+        return NativeWeights("integer", (self.rows, self.columns), *self.parts, group=self.group, bits=self.bits)
 
     def forward(self, x):
         rows = x.reshape(-1, self.columns).contiguous()
@@ -155,6 +159,16 @@ class NativeSteps(Reference):
         addresses = keys.data_ptr(), values.data_ptr(), kv_heads, length, window, out.data_ptr()
         _native.attend_heads(q.data_ptr(), *q.shape, start, *addresses)
         return out
+
+
+def by_method(method):
+    """A layer as a quantization method leaves it."""
+
+    def wrap(layer):
+        holder = nn.Sequential(layer)
+        return method.apply_(holder, None, {"0": method})[0]
+
+    return wrap
 
 
 def chained(linear, rank=11, wrap=lambda layer: layer):
@@ -229,6 +243,33 @@ def test_mixed_formats_are_those_of_the_reference(any_model, any_isa, any_thread
         for part in (ids[:7], ids[7:8], ids[8:]):
             found, expected = native(part, mine, every=True), other(part, theirs, every=True)
             assert close(found, expected, tolerance) if tolerance else torch.equal(found, expected)
+
+
+OTHERS = {
+    "lookup": lambda group: Group(bits=3, group=group, product="lookup"),
+    "one codebook": lambda group: Codebook(bits=4, group=32, table="layer", weighting=False),
+    "codebooks": lambda group: Codebook(bits=3, group=64, table="rows", weighting=False),
+    "seeds": lambda group: Seeds(bits=4, candidates=2),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_of_other_codes_are_those_of_the_reference(name, any_isa, any_threads):
+    """Each kind beside dense and packed ones that read the same input."""
+    model = build("Llama", {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 150})
+    wrap, int4 = by_method(OTHERS[name](32)), lambda layer: Packed(layer, 4, 32)
+    for i, layer in enumerate(model.model.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        attention.q_proj, attention.k_proj = wrap(attention.q_proj), int4(attention.k_proj)
+        mlp.up_proj, mlp.down_proj = wrap(mlp.up_proj), wrap(mlp.down_proj)
+        if i == 0:
+            attention.o_proj = chained(attention.o_proj, 64, wrap)
+    model.lm_head = wrap(model.lm_head)
+    assert foreign_layers(parts_of(model)) == []
+    native, other, ids = Decoder(model), NativeSteps(model), tokens(40)
+    mine, theirs = native.cache(40), other.cache(40)
+    for part in (ids[:7], ids[7:8], ids[8:]):
+        assert torch.equal(native(part, mine, every=True), other(part, theirs, every=True))
 
 
 @torch.no_grad()

@@ -22,14 +22,14 @@ const CodebookLinearTiles& tiles() {
   return codebook_linear_scalar;
 }
 
+}  // namespace
+
 void multiply(const CodebookMatrix& matrix, const Piece* pieces, int64_t tokens, int64_t first, int64_t last, float* y) {
   thread_local std::vector<uint8_t> panel;
   const int64_t needed = kCodebookPanelBlocks * matrix.packed().chunks() * 8 * kVectorBytes;
   if (static_cast<int64_t>(panel.size()) < needed) panel.resize(needed);
   tiles().multiply(matrix, pieces, tokens, first, last, y, panel.data());
 }
-
-}  // namespace
 
 void codebook_linear(const CodebookMatrix& matrix, const float* x, int64_t tokens, float* y, int threads) {
   thread_local std::vector<Piece> room;

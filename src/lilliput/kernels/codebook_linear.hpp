@@ -25,11 +25,18 @@ struct CodebookMatrix {
   int bits;
   bool shared;  // one table for all rows
 
+  static constexpr int64_t block_rows = kBlockRows;
+  /// The indices; their pieces of activations are those of this matrix.
   PackedMatrix packed() const { return {codes, nullptr, rows, columns, columns > 0 ? columns : 1, bits}; }
   int64_t groups() const { return columns / group; }
+  int64_t blocks() const { return packed().blocks(); }
   int64_t scale_count() const { return packed().blocks() * groups() * kBlockRows; }
   int64_t tables_bytes() const { return shared ? kTableBytes : packed().blocks() * kBlockRows / kTableRows * kTableBytes; }
 };
+
+/// Rows of the blocks first .. last-1 of y (tokens, rows), with pieces of `matrix.packed()`.
+void multiply(const CodebookMatrix& matrix, const Piece* pieces, int64_t tokens, int64_t first_block, int64_t last_block,
+              float* y);
 
 /// All of y (tokens, rows) = x (tokens, columns) W^T on up to `threads` threads. A token's result depends on neither the
 /// other tokens nor the threads.

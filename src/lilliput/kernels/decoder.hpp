@@ -9,8 +9,11 @@
 #include <variant>
 #include <vector>
 
+#include "codebook_linear.hpp"
 #include "dense_linear.hpp"
 #include "group_linear.hpp"
+#include "lookup_linear.hpp"
+#include "seed_linear.hpp"
 #include "sparse_ffn.hpp"
 
 namespace lilliput {
@@ -21,7 +24,7 @@ struct Norm {
   float epsilon, offset;
 };
 
-using Matrix = std::variant<DenseMatrix, PackedMatrix>;
+using Matrix = std::variant<DenseMatrix, PackedMatrix, CodebookMatrix, LookupMatrix, SeedMatrix>;
 
 /// y = factors.back() ... factors.front() x + bias (null: none).
 struct Linear {

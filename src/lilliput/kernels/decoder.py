@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from lilliput.errors import UserError
 from lilliput.kernels import _native
 from lilliput.kernels.decoder_parts import Block, Norm, Parts, outputs, parts_of, refusals
+from lilliput.kernels.native_weights import dense_weights, not_dense
 from lilliput.kernels.sparse_ffn import NativePart, native_part
 
-FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # of dense weights
 LONGEST_CHAIN = 2  # factors of a layer
-Factor = tuple[str, int, int, int, int, int, int]  # format, addresses of weights and grid, rows, columns, group, bits
+Factor = tuple[str, int, int, int, int, int, int, int, int]  # as decoder_module.cpp lists them
 
 
 class Cache:
@@ -175,7 +175,7 @@ class Decoder(_AnyDecoder):
         self._native = _native.Decoder(len(parts.norm.weight), self._norm_row(parts.norm), self._linear_row(parts.head))
         for block in parts.blocks:
             self._add(block)
-        self._vocabulary = self._linear_row(parts.head)[0][-1][3]
+        self._vocabulary = outputs(parts.head)
 
     def _add(self, b: Block) -> None:
         before = (b.attention_norm, b.query_norm, b.key_norm, b.after_attention_norm, b.mlp_norm, b.after_mlp_norm)
@@ -208,15 +208,14 @@ class Decoder(_AnyDecoder):
         return [self._factor(part) for part in chain], 0 if bias is None else self._address(bias)
 
     def _factor(self, layer: Any) -> Factor:
-        if hasattr(layer, "layout"):
-            codes, grid = layer.layout()
-            return "packed", self._address(codes), self._address(grid), *_packed_shape(layer)
-        weight = _dense_weight(layer)
-        assert weight is not None
-        rows, columns = weight.shape
-        return FORMATS[weight.dtype], self._address(weight), 0, rows, columns, columns, 0
+        stored = layer.native_weights() if hasattr(layer, "native_weights") else dense_weights(layer)
+        assert stored is not None
+        addresses = [self._address(tensor) for tensor in (stored.codes, stored.grid, stored.tables)]
+        return stored.format, *addresses, *stored.shape, stored.group, stored.bits, stored.offset  # type: ignore[return-value]
 
-    def _address(self, tensor: Tensor) -> int:
+    def _address(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
         self._kept.append(tensor)
         return tensor.data_ptr()
 
@@ -251,32 +250,14 @@ def _foreign(layer: nn.Module) -> str:
     if len(chain) > LONGEST_CHAIN or any(getattr(part, "bias", None) is not None for part in chain[:-1]):
         return f"{len(chain)} factors, or a bias between them"
     for part in chain:
-        if hasattr(part, "layout"):
-            if getattr(part, "product", "integer") != "integer":
-                return f"products by {part.product}"
-            continue
-        weight = _dense_weight(part)
-        if weight is None:
-            return f"a {type(part).__name__}"
-        if weight.dtype not in FORMATS or not weight.is_contiguous() or weight.device.type != "cpu":
-            return f"weights are {weight.dtype} on {weight.device}, or not contiguous"
+        if not hasattr(part, "native_weights") and (why := not_dense(part)):
+            return why
     bias = getattr(chain[-1], "bias", None)
     return "" if bias is None or bias.dtype == torch.float32 else f"a bias of {bias.dtype}"
 
 
-def _dense_weight(layer: Any) -> Tensor | None:
-    """Weights (out, in) of an ordinary linear layer, or of one that stores rows of its outputs; None of others."""
-    if type(layer) is nn.Linear:
-        return layer.weight
-    return layer.values if getattr(layer, "by", "") == "outputs" else None
-
-
 def _chain(layer: Any) -> list[Any]:
     return list(layer) if isinstance(layer, nn.Sequential) else [layer]
-
-
-def _packed_shape(layer: Any) -> tuple[int, int, int, int]:
-    return layer.rows, layer.columns, layer.group, layer.bits
 
 
 def decoder_for(model: nn.Module) -> Decoder | Reference:

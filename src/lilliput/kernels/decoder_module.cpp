@@ -16,16 +16,21 @@ namespace nb = nanobind;
 namespace lilliput {
 namespace {
 
-// A factor is (format, address of weights or codes, address of the grid, rows, columns, group, bits).
-using FactorRow = std::tuple<std::string, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int>;
+// A factor is (format, addresses of weights or codes, of the grid and of tables, rows, columns, group, bits, offset).
+using FactorRow = std::tuple<std::string, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int, int>;
 using LinearRow = std::tuple<std::vector<FactorRow>, uintptr_t>;  // factors, first one first; address of the bias
 using NormRow = std::tuple<uintptr_t, float, float>;              // address of the weight, epsilon, offset
 using Addresses = std::vector<std::tuple<uintptr_t, uintptr_t>>;
 
 Matrix matrix(const FactorRow& row) {
-  const auto& [format, weights, grid, rows, columns, group, bits] = row;
-  if (format == "packed") {
-    return PackedMatrix{at<const uint8_t>(weights), at<const uint16_t>(grid), rows, columns, group, bits};
+  const auto& [format, weights, grid_at, tables, rows, columns, group, bits, offset] = row;
+  const auto* codes = at<const uint8_t>(weights);
+  const auto* grid = at<const uint16_t>(grid_at);
+  if (format == "integer") return PackedMatrix{codes, grid, rows, columns, group, bits};
+  if (format == "lookup") return LookupMatrix{codes, grid, rows, columns, group, bits};
+  if (format == "seeds") return SeedMatrix{codes, rows, columns, bits, offset};
+  if (format == "codebook" || format == "codebooks") {
+    return CodebookMatrix{codes, grid, at<const int8_t>(tables), rows, columns, group, bits, format == "codebook"};
   }
   if (format != "float32" && format != "bfloat16") throw std::invalid_argument("unknown format of weights: " + format);
   return DenseMatrix{at<const void>(weights), rows, columns, format == "bfloat16"};

@@ -23,9 +23,23 @@ int64_t columns_of(const Matrix& matrix) {
   return std::visit([](const auto& m) { return m.columns; }, matrix);
 }
 
-int64_t pieces_of(const Matrix& matrix) {
-  const auto* packed = std::get_if<PackedMatrix>(&matrix);
-  return packed ? packed->pieces() : 0;
+/// A function for each kind of matrix.
+template <class... Cases>
+struct ByInput : Cases... {
+  using Cases::operator()...;
+};
+template <class... Cases>
+ByInput(Cases...) -> ByInput<Cases...>;
+
+int64_t block_rows_of(const Matrix& matrix) {
+  return std::visit([](const auto& m) { return m.block_rows; }, matrix);
+}
+
+/// The matrix whose pieces of activations a product reads, if any.
+std::optional<PackedMatrix> like_of(const Matrix& matrix) {
+  if (const auto* packed = std::get_if<PackedMatrix>(&matrix)) return *packed;
+  if (const auto* codebook = std::get_if<CodebookMatrix>(&matrix)) return codebook->packed();
+  return std::nullopt;
 }
 
 }  // namespace
@@ -44,12 +58,13 @@ namespace {
 
 /// The largest sizes that any step needs, per token.
 struct Sizes {
-  int64_t q = 0, kv = 0, middle = 0, between = 0, input = 0, pieces = 0, sparse = 0;
+  int64_t q = 0, kv = 0, middle = 0, between = 0, input = 0, pieces = 0, tables = 0, sparse = 0;
 
   void see(const Linear& linear) {
     for (const Matrix& m : linear.factors) {
       input = std::max(input, columns_of(m));
-      pieces = std::max(pieces, pieces_of(m));
+      if (const auto like = like_of(m)) pieces = std::max(pieces, like->pieces());
+      if (const auto* lookup = std::get_if<LookupMatrix>(&m)) tables = std::max(tables, lookup->pieces());
       if (&m != &linear.factors.back()) between = std::max(between, rows_of(m));
     }
   }
@@ -67,6 +82,7 @@ void grow_inputs(InputRoom& room, const Sizes& sizes, int64_t tokens) {
   for (int i = 0; i < kProducts; ++i) {
     room.floats[i].of(tokens * sizes.input);
     room.pieces[i].of(tokens * sizes.pieces);
+    room.tables[i].of(tokens * sizes.tables);
   }
 }
 
@@ -101,14 +117,17 @@ void Workspace::grow(const Decoder& decoder, int64_t width, const Linear& head, 
 int Walk::collect_inputs(const Product* products, int count, Input* inputs, int* input_of) const {
   int found = 0;
   for (int i = 0; i < count; ++i) {
-    const auto* packed = std::get_if<PackedMatrix>(products[i].matrix);
+    const auto like = like_of(*products[i].matrix);
+    const auto* tables_like = std::get_if<LookupMatrix>(products[i].matrix);
+    const auto serves = [&](const Input& input) {
+      return input.source == products[i].source && (!like || !input.like || same_pieces(*input.like, *like)) &&
+             (!tables_like || !input.tables_like || same_pieces(*input.tables_like, *tables_like));
+    };
     int j = 0;
-    for (; j < found; ++j) {
-      if (inputs[j].source != products[i].source) continue;
-      if (!packed || !inputs[j].like || same_pieces(*inputs[j].like, *packed)) break;
-    }
-    if (j == found) inputs[found++] = {products[i].source, nullptr, nullptr, nullptr};
-    if (packed && !inputs[j].like) inputs[j].like = packed;
+    while (j < found && !serves(inputs[j])) ++j;
+    if (j == found) inputs[found++] = {products[i].source, std::nullopt, nullptr, nullptr, nullptr, nullptr};
+    if (like && !inputs[j].like) inputs[j].like = like;
+    if (tables_like && !inputs[j].tables_like) inputs[j].tables_like = tables_like;
     input_of[i] = j;
   }
   return found;
@@ -124,23 +143,33 @@ void Walk::fill(Input& input, InputRoom& room, int slot, int64_t first, int64_t 
     float* y = floats + t * source.width;
     if (source.norm) tiles().rms_norm(x, *source.norm, source.width, y);
     if (source.up) tiles().gate(source.activation, x, source.up + t * source.width, source.width, y);
-    if (input.like) prepare(*input.like, plain ? x : y, 1, room.pieces[slot].data() + t * input.like->pieces());
+    const float* ready = plain ? x : y;
+    if (input.like) prepare(*input.like, ready, 1, room.pieces[slot].data() + t * input.like->pieces());
+    if (input.tables_like) {
+      prepare(*input.tables_like, ready, 1, room.tables[slot].data() + t * input.tables_like->pieces());
+    }
   }
   input.x = plain ? source.x : floats;
   input.pieces = room.pieces[slot].data();
+  input.tables = room.tables[slot].data();
 }
 
 void Walk::multiply_part(const Product& product, const Input& input, int64_t first, int64_t last, int64_t tokens) {
-  if (const auto* packed = std::get_if<PackedMatrix>(product.matrix)) {
-    multiply(*packed, input.pieces, tokens, first, last, product.y);
-  } else {
-    multiply(std::get<DenseMatrix>(*product.matrix), input.x, tokens, first, last, product.y);
-  }
-  const int64_t rows = rows_of(*product.matrix), end = std::min(rows, last * kBlockRows);
+  const auto with = [&](const auto& matrix, const auto* x) { multiply(matrix, x, tokens, first, last, product.y); };
+  std::visit(ByInput{
+                 [&](const DenseMatrix& m) { with(m, input.x); },
+                 [&](const SeedMatrix& m) { with(m, input.x); },
+                 [&](const PackedMatrix& m) { with(m, input.pieces); },
+                 [&](const CodebookMatrix& m) { with(m, input.pieces); },
+                 [&](const LookupMatrix& m) { with(m, input.tables); },
+             },
+             *product.matrix);
+  const int64_t rows = rows_of(*product.matrix), size = block_rows_of(*product.matrix);
+  const int64_t start = first * size, end = std::min(rows, last * size);
   for (int64_t t = 0; t < tokens && (product.bias || product.add_to); ++t) {
     float* y = product.y + t * rows;
-    for (int64_t r = first * kBlockRows; r < end && product.bias; ++r) y[r] += product.bias[r];
-    for (int64_t r = first * kBlockRows; r < end && product.add_to; ++r) product.add_to[t * rows + r] += y[r];
+    for (int64_t r = start; r < end && product.bias; ++r) y[r] += product.bias[r];
+    for (int64_t r = start; r < end && product.add_to; ++r) product.add_to[t * rows + r] += y[r];
   }
 }
 

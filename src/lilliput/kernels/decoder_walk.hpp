@@ -32,6 +32,7 @@ class Room {
 struct InputRoom {
   std::array<Room<float>, kProducts> floats;
   std::array<Room<Piece>, kProducts> pieces;
+  std::array<Room<LookupPiece>, kProducts> tables;
 };
 
 class Workspace {
@@ -93,12 +94,14 @@ class Walk {
     float* y;
     float* add_to;  // which y is added to, may be null
   };
-  /// An input as the matrices like `like` want it; `like` is null when all of them are dense.
+  /// An input as floats and, where a product wants them, as the pieces of one matrix and the tables of another.
   struct Input {
     const Source* source;
-    const PackedMatrix* like;
+    std::optional<PackedMatrix> like;
+    const LookupMatrix* tables_like;
     const float* x;
     Piece* pieces;
+    LookupPiece* tables;
   };
 
   void attention(const Block& block, size_t index);

@@ -13,6 +13,7 @@ struct DenseMatrix {
   int64_t rows, columns;
   bool bfloat16;
 
+  static constexpr int64_t block_rows = kBlockRows;
   int64_t blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
 };
 

@@ -26,6 +26,7 @@ struct PackedMatrix {
   int64_t rows, columns, group;
   int bits;
 
+  static constexpr int64_t block_rows = kBlockRows;
   int64_t groups() const { return columns / group; }
   int64_t blocks() const { return (rows + kBlockRows - 1) / kBlockRows; }
   /// Inputs of a group with its filling.

@@ -83,6 +83,15 @@ void lookup_unpack(const LookupMatrix& m, uint8_t* stored) {
   }
 }
 
+void prepare(const LookupMatrix& matrix, const float* x, int64_t tokens, LookupPiece* pieces) {
+  tiles().prepare(matrix, x, tokens, pieces);
+}
+
+void multiply(const LookupMatrix& matrix, const LookupPiece* pieces, int64_t tokens, int64_t first_block,
+              int64_t last_block, float* y) {
+  tiles().multiply(matrix, pieces, tokens, first_block, last_block, y);
+}
+
 void lookup_linear(const LookupMatrix& matrix, const float* x, int64_t tokens, float* y, int threads) {
   thread_local std::vector<LookupPiece> room;  // kept from call to call
   const int64_t token_bytes = matrix.pieces() * static_cast<int64_t>(sizeof(LookupPiece));
@@ -95,11 +104,11 @@ void lookup_linear(const LookupMatrix& matrix, const float* x, int64_t tokens, f
     const int64_t worth = std::max<int64_t>(1, matrix.codes_bytes() * count / kThreadBytes);
     const int used = static_cast<int>(std::min<int64_t>(threads, worth));
     parallel_for(count, 4, used, [&](int64_t first, int64_t last) {
-      tiles().prepare(matrix, x + first * matrix.columns, last - first, pieces + first * matrix.pieces());
+      prepare(matrix, x + first * matrix.columns, last - first, pieces + first * matrix.pieces());
     });
     const int64_t grain = matrix.blocks() / (used * kStepsPerThread) + 1;
     parallel_for(matrix.blocks(), grain, used, [&](int64_t first, int64_t last) {
-      tiles().multiply(matrix, pieces, count, first, last, y);
+      multiply(matrix, pieces, count, first, last, y);
     });
   }
 }

@@ -29,6 +29,7 @@ struct LookupMatrix {
   int64_t rows, columns, group;
   int bits;
 
+  static constexpr int64_t block_rows = kLookupRows;
   int64_t groups() const { return columns / group; }
   int64_t blocks() const { return (rows + kLookupRows - 1) / kLookupRows; }
   int64_t tables_per_group() const { return (group + 7) / 8 * 2; }
@@ -54,6 +55,18 @@ struct alignas(16) LookupPiece {
 void lookup_pack(const LookupMatrix& shape, const uint8_t* stored, uint8_t* packed);
 /// The inverse of `lookup_pack`.
 void lookup_unpack(const LookupMatrix& matrix, uint8_t* stored);
+
+/// Tables of activations x (tokens, columns): pieces (tokens, matrix.pieces()).
+void prepare(const LookupMatrix& matrix, const float* x, int64_t tokens, LookupPiece* pieces);
+/// Whether what was prepared for one matrix serves another one, too.
+inline bool same_pieces(const LookupMatrix& a, const LookupMatrix& b) {
+  constexpr int64_t inputs = kPieceTables * kTableInputs;
+  const bool uniform = a.group % inputs == 0 && b.group % inputs == 0;
+  return a.columns == b.columns && (uniform || a.group == b.group);
+}
+/// Rows of the blocks first .. last-1 of y (tokens, rows).
+void multiply(const LookupMatrix& matrix, const LookupPiece* pieces, int64_t tokens, int64_t first_block,
+              int64_t last_block, float* y);
 
 /// All of y (tokens, rows) = x (tokens, columns) W^T on up to `threads` threads. A token's result depends on neither the
 /// other tokens nor the number of threads.

@@ -46,16 +46,21 @@ const uint32_t* states_table(int bits) {
 
 }  // namespace
 
-void seed_linear(const SeedMatrix& matrix, const float* x, int64_t tokens, float* y, int threads, States states) {
+void multiply(const SeedMatrix& matrix, const float* x, int64_t tokens, int64_t first_block, int64_t last_block, float* y,
+              States states) {
+  thread_local std::vector<float> panel;
+  const size_t needed = matrix.row_blocks() * matrix.block_inputs() * kSeedRows;
+  if (panel.size() < needed) panel.resize(needed);
   const uint32_t* table = states == States::table ? states_table(matrix.bits) : nullptr;
+  tiles().multiply(matrix, x, tokens, first_block, last_block, y, table, panel.data());
+}
+
+void seed_linear(const SeedMatrix& matrix, const float* x, int64_t tokens, float* y, int threads, States states) {
   const int64_t worth = std::max<int64_t>(1, matrix.codes_bytes() * tokens / kThreadBytes);
   const int used = static_cast<int>(std::min<int64_t>(threads, worth));
-  const int64_t grain = std::max<int64_t>(1, matrix.bands() / (used * kStepsPerThread));
-  parallel_for(matrix.bands(), grain, used, [&](int64_t first, int64_t last) {
-    thread_local std::vector<float> panel;
-    const size_t needed = matrix.row_blocks() * matrix.block_inputs() * kSeedRows;
-    if (panel.size() < needed) panel.resize(needed);
-    tiles().multiply(matrix, x, tokens, first, last, y, table, panel.data());
+  const int64_t grain = std::max<int64_t>(1, matrix.blocks() / (used * kStepsPerThread));
+  parallel_for(matrix.blocks(), grain, used, [&](int64_t first, int64_t last) {
+    multiply(matrix, x, tokens, first, last, y, states);
   });
 }
 

@@ -23,17 +23,22 @@ struct SeedMatrix {
   int64_t rows, columns;
   int bits, offset;
 
+  static constexpr int64_t block_rows = kSeedRows;
   int block_inputs() const { return bits == 4 ? 8 : 12; }  // C
   int terms() const { return bits == 4 ? 3 : 4; }          // P
   int64_t unit_bytes() const { return bits == 4 ? 64 : 72; }  // of 16 rows' blocks
   int64_t row_blocks() const { return (columns + block_inputs() - 1) / block_inputs(); }
-  int64_t bands() const { return (rows + kSeedRows - 1) / kSeedRows; }
-  int64_t codes_bytes() const { return bands() * row_blocks() * unit_bytes(); }
+  int64_t blocks() const { return (rows + kSeedRows - 1) / kSeedRows; }
+  int64_t codes_bytes() const { return blocks() * row_blocks() * unit_bytes(); }
 };
 
 /// How the states after a seed are found: by running the register, or in a table of 256 KiB (512 KiB with 3 bits), which
 /// fits an L2 and was faster by 5 to 16 % where both were timed (benchmarks/codebook.py).
 enum class States { run, table };
+
+/// Rows of the blocks of 16 rows first .. last-1 of y (tokens, rows).
+void multiply(const SeedMatrix& matrix, const float* x, int64_t tokens, int64_t first_block, int64_t last_block, float* y,
+              States states = States::table);
 
 /// All of y (tokens, rows) = x (tokens, columns) W^T on up to `threads` threads. A token's result depends on neither the
 /// other tokens nor the threads.

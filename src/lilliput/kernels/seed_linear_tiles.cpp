@@ -210,7 +210,7 @@ void multiply_range(const SeedMatrix& matrix, const float* x, int64_t tokens, in
   }
 }
 
-void multiply(const SeedMatrix& matrix, const float* x, int64_t tokens, int64_t first, int64_t last, float* y,
+void multiply_tokens(const SeedMatrix& matrix, const float* x, int64_t tokens, int64_t first, int64_t last, float* y,
               const uint32_t* table, float* panel) {
   if (matrix.bits == 4) {
     table ? multiply_range<3, true>(matrix, x, tokens, first, last, y, table, panel)
@@ -225,6 +225,6 @@ void multiply(const SeedMatrix& matrix, const float* x, int64_t tokens, int64_t 
 
 namespace lilliput {
 
-const SeedLinearTiles LILLIPUT_TILES{multiply};
+const SeedLinearTiles LILLIPUT_TILES{multiply_tokens};
 
 }  // namespace lilliput

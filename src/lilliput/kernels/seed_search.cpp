@@ -228,7 +228,7 @@ class Units {
 void seed_encode(const SeedMatrix& shape, const float* w, int candidates, bool pick, uint8_t* codes, int threads) {
   std::fill_n(codes, shape.codes_bytes(), uint8_t{0});
   bases_of(shape.bits);
-  parallel_for(shape.bands() * shape.row_blocks(), kTileUnits, threads, [&](int64_t first, int64_t last) {
+  parallel_for(shape.blocks() * shape.row_blocks(), kTileUnits, threads, [&](int64_t first, int64_t last) {
     for (; first < last; first += kTileUnits) {
       Units units(shape, w, candidates, first, std::min(first + kTileUnits, last));
       units.scan();

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lilliput.errors import UserError
 from lilliput.kernels import codebook_linear as kernel
+from lilliput.kernels.native_weights import NativeWeights
 from lilliput.methods.quantize._kernel_linear import KernelLinear
 from lilliput.methods.quantize._packed import pack_codes, unpack_codes
 
@@ -200,6 +201,11 @@ class CodebookLinear(KernelLinear):
     def multiply(self, rows: Tensor) -> Tensor:
         layout = (self.codes, self.scale, self.tables)
         return kernel.codebook_linear(rows, *layout, self.out_features, self.group, self.bits)
+
+    def native_weights(self) -> NativeWeights:
+        """For the native decoder."""
+        kind, shape = "codebook" if self.shared else "codebooks", (self.out_features, self.in_features)
+        return NativeWeights(kind, shape, self.codes, self.scale, self.tables, self.group, self.bits)
 
     def dequantized(self) -> Tensor:
         shape = (self.out_features, self.in_features, self.group, self.bits)

@@ -19,6 +19,7 @@ from lilliput.edits import set_module
 from lilliput.errors import UserError
 from lilliput.kernels import group_linear as integer
 from lilliput.kernels import lookup_linear as lookup
+from lilliput.kernels.native_weights import NativeWeights
 from lilliput.methods.quantize._grid import dequantize
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -188,6 +189,12 @@ class PackedLinear(_Packed):
         assert self._codes is not None
         assert self._grid is not None
         return self._codes, self._grid
+
+    def native_weights(self) -> NativeWeights:
+        """For the native decoder."""
+        codes, grid = self.layout()
+        shape = self.out_features, self.in_features
+        return NativeWeights(self.product, shape, codes, grid, group=self.group, bits=self.bits)
 
     def _lay_out_(self) -> None:
         stored = super().tensors()

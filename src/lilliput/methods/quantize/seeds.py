@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lilliput.errors import UserError
 from lilliput.kernels import seed_linear as kernel
+from lilliput.kernels.native_weights import NativeWeights
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, LAYER_SHAPES, OUTPUT_SHAPE, PACKED_WEIGHTS, Facts, Method, knob
 from lilliput.methods.quantize._kernel_linear import KernelLinear, replace_, untied
 from lilliput.workload import Workload
@@ -67,6 +68,11 @@ class SeedLinear(KernelLinear):
 
     def multiply(self, rows: Tensor) -> Tensor:
         return kernel.seed_linear(rows, self.codes, self.out_features, self.bits, self.offset)
+
+    def native_weights(self) -> NativeWeights:
+        """For the native decoder."""
+        shape = self.out_features, self.in_features
+        return NativeWeights("seeds", shape, self.codes, bits=self.bits, offset=self.offset)
 
     def dequantized(self) -> Tensor:
         return kernel.dequantized(self.codes, self.out_features, self.in_features, self.bits, self.offset)
