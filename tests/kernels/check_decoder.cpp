@@ -25,13 +25,39 @@ const float* random_floats(int64_t count, float spread = 0.3f) {
   return values.data();
 }
 
+const uint8_t* random_bytes(int64_t count) {
+  std::vector<uint8_t>& bytes = codes.emplace_back(count);
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(generator());
+  return bytes.data();
+}
+
+const uint16_t* small_grid(int64_t count) { return grids.emplace_back(count, 0x3c00).data(); }  // 2^-7
+
 Matrix packed(int64_t rows, int64_t columns, int64_t group, int bits) {
   PackedMatrix m{nullptr, nullptr, rows, columns, bits == 8 ? columns : group, bits};
-  std::vector<uint8_t>& code = codes.emplace_back(m.codes_bytes());
-  for (uint8_t& byte : code) byte = static_cast<uint8_t>(generator());
-  std::vector<uint16_t>& grid = grids.emplace_back(m.grid_count(), 0x3c00);  // 2^-7
-  m.codes = code.data();
-  m.grid = grid.data();
+  m.codes = random_bytes(m.codes_bytes());
+  m.grid = small_grid(m.grid_count());
+  return m;
+}
+
+Matrix lookup(int64_t rows, int64_t columns, int bits) {
+  LookupMatrix m{nullptr, nullptr, rows, columns, columns, bits};
+  m.codes = random_bytes(m.codes_bytes());
+  m.grid = small_grid(m.grid_count());
+  return m;
+}
+
+Matrix codebook(int64_t rows, int64_t columns, int bits, bool shared) {
+  CodebookMatrix m{nullptr, nullptr, nullptr, rows, columns, columns, bits, shared};
+  m.codes = random_bytes(m.packed().codes_bytes());
+  m.scale = grids.emplace_back(m.scale_count(), 0x3900).data();  // 2^-13
+  m.tables = reinterpret_cast<const int8_t*>(random_bytes(m.tables_bytes()));
+  return m;
+}
+
+Matrix seeds(int64_t rows, int64_t columns, int bits) {
+  SeedMatrix m{nullptr, rows, columns, bits, -19};
+  m.codes = random_bytes(m.codes_bytes());
   return m;
 }
 
@@ -41,13 +67,21 @@ Matrix dense(int64_t rows, int64_t columns) { return DenseMatrix{random_floats(r
 Linear linear(int64_t rows, int64_t columns) {
   static int turn = 0;
   const float* bias = turn % 2 ? random_floats(rows) : nullptr;
-  switch (turn++ % 4) {
+  switch (turn++ % 8) {
     case 0:
       return {{dense(rows, columns)}, bias};
     case 1:
       return {{packed(rows, columns, 1, 4)}, bias};
     case 2:
       return {{dense(7, columns), packed(rows, 7, 7, 3)}, bias};
+    case 3:
+      return {{lookup(rows, columns, 3)}, bias};
+    case 4:
+      return {{codebook(rows, columns, 4, true)}, bias};
+    case 5:
+      return {{seeds(rows, columns, 4)}, bias};
+    case 6:
+      return {{seeds(7, columns, 3), codebook(rows, 7, 2, false)}, bias};
     default:
       return {{packed(rows, columns, columns, 8)}, bias};
   }

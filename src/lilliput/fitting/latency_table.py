@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -43,13 +43,14 @@ class ModelledTable:
 
     device: Device
     threads: int
+    bytes_of: Callable[[str, Shape], int]
 
     def ms(self, label: str, shape: Shape) -> float:
         """Modelled milliseconds of one product with a single row of input."""
-        n, k = shape
-        bits = {"float32": 32.0, "int8": 8.0}.get(label, float(label[3]) + 1 if label.startswith("int") else 32.0)
-        dtype = "fp32" if label == "float32" else "int8"
-        return self.device.roofline_ms(n * k * bits / 8, 2.0 * n * k, dtype, self.threads, self.device.memory_bytes)
+        dtype, ops = "fp32" if label == "float32" else "int8", 2.0 * shape[0] * shape[1]
+        return self.device.roofline_ms(
+            self.bytes_of(label, shape), ops, dtype, self.threads, self.device.memory_bytes
+        )
 
 
 def latency_table(formats: dict[str, Method | None], shapes: Iterable[Shape], threads: int) -> LatencyTable:
