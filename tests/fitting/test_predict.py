@@ -92,6 +92,16 @@ def test_damage_is_corrected_by_family():
     )
 
 
+def test_what_was_judged_quickly_teaches_instead_of_what_was_healed():
+    space, known, other = Toy(), (2,) * 12, (2,) * 11 + (1,)
+    seen = 5.0 * sum(space.predicted_damage(known).values())
+    predictor = Predictor(space, timed={known: {"damage": seen}})
+    assert predictor.damage(known) == seen
+    assert predictor.damage(other) == pytest.approx(sum(space.predicted_damage(other).values()))
+    predictor.learn([(other, {}, 1e-9)])
+    assert predictor.damage(other) > 2 * sum(space.predicted_damage(other).values())
+
+
 def test_left_out_predictions_do_not_see_their_own_candidate():
     space = Toy()
     measured = [(g, {"token_ms": space.costs(g)["token_ms"]}, 0.1) for g in random_genomes(6)]

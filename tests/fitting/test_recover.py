@@ -29,13 +29,14 @@ def test_no_time_is_no_recovery(cnn_work):
 
 
 def test_the_plan_of_a_recovery_gives_the_same_model(cnn_work, monkeypatch):
-    seconds = iter([0.8, 0.2])  # with the timed steps, and without
+    seconds = iter([0.8, 1.6])  # with few steps, and with more
     monkeypatch.setattr("lilliput.fitting.recover._seconds", lambda plan, workload: next(seconds))
     found = recover(cnn_work, Plan([Step(Channels(ratio=0.5))]), 20)
     assert found is not None
     plan, model = found
     steps = next(s.method.steps for s in plan.steps if isinstance(s.method, Logits))
-    assert steps == pytest.approx((20 - 0.8 - 2 * 0.2) / (0.6 / TIMED_STEPS), abs=1.5)
+    few, more = TIMED_STEPS
+    assert steps == pytest.approx(few + (20 - 2 * 0.8 - 1.6) / (0.8 / (more - few)), abs=1.5)
     again = Plan.from_yaml(plan.to_yaml()).apply(cnn_work)
     for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b)
