@@ -17,7 +17,7 @@ from lilliput.methods.distill.logits import Logits
 from lilliput.plan import Plan, Step
 from lilliput.workload import Workload
 
-TIMED_STEPS = 3
+TIMED_STEPS = (2, 10)  # the first ones are slower: products are prepared
 SHORTEST_S = 20.0  # of recovery that is worth its preparation
 
 
@@ -30,11 +30,16 @@ def bfloat16_pays() -> bool:
 
 def recovering(plan: Plan, **limits: float) -> Plan | None:
     """The plan with distillation (`steps` or `seconds`) before quantization; None without structural changes."""
+    before, after = parts_around_recovery(plan)
+    return Plan([*before, Step(Logits(bfloat16=bfloat16_pays(), **limits)), *after]) if before else None
+
+
+def parts_around_recovery(plan: Plan) -> tuple[list[Step], list[Step]]:
+    """Structural steps, and quantization with what comes after it; an earlier recovery is left out."""
     quantize = STAGES.index("quantize")
     steps = [s for s in plan.steps if not isinstance(s.method, Logits)]
     before = [s for s in steps if STAGES.index(s.method.facts.stage) < quantize]
-    after = [s for s in steps if s not in before]
-    return Plan([*before, Step(Logits(bfloat16=bfloat16_pays(), **limits)), *after]) if before else None
+    return before, [s for s in steps if s not in before]
 
 
 def recover(workload: Workload, plan: Plan, seconds: float) -> tuple[Plan, nn.Module] | None:
@@ -42,13 +47,13 @@ def recover(workload: Workload, plan: Plan, seconds: float) -> tuple[Plan, nn.Mo
 
     A few steps are timed first: the plan then names a number of steps, so that it gives the same model anywhere.
     """
-    trial = recovering(plan, steps=TIMED_STEPS)
-    if trial is None or workload.training is None or seconds < SHORTEST_S:
+    few, more = (recovering(plan, steps=steps) for steps in TIMED_STEPS)
+    if few is None or more is None or workload.training is None or seconds < SHORTEST_S:
         return None
-    with_steps, without = (_seconds(p, workload) for p in (trial, recovering(plan, steps=0) or plan))
-    per_step = max(with_steps - without, 1e-3) / TIMED_STEPS
-    steps = int((seconds - with_steps - 2 * without) / per_step)
-    longer = recovering(plan, steps=steps) if steps > TIMED_STEPS else None
+    with_few, with_more = _seconds(few, workload), _seconds(more, workload)
+    per_step = max(with_more - with_few, 1e-3) / (TIMED_STEPS[1] - TIMED_STEPS[0])
+    steps = TIMED_STEPS[0] + int((seconds - 2 * with_few - with_more) / per_step)
+    longer = recovering(plan, steps=steps) if steps > TIMED_STEPS[1] else None
     return (longer, longer.apply(workload)) if longer else None
 
 
