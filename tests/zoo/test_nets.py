@@ -38,6 +38,7 @@ def test_logits_and_independence_of_the_batch(name):
         ("resnet-small", 0.2e6, 0.7e6),
         ("bottleneck-resnet-small", 0.2e6, 0.7e6),
         ("mobilenet-small", 0.1e6, 0.3e6),
+        ("mobilenet-medium", 0.4e6, 0.7e6),
         ("vit-small", 0.4e6, 1e6),
         ("llama-tiny", 2e6, 3e6),
     ],

@@ -16,7 +16,7 @@ from lilliput.device import Device
 from lilliput.fitting.judge import Judge
 from lilliput.fitting.recover import all_cores, recovering
 from lilliput.fitting.space import Genome, Space
-from lilliput.measuring import Measured, compare_speed, fresh_process_memory, measure_speed, modelled_energy
+from lilliput.measuring import Measured, compare_copies, fresh_process_memory, measure_speed, modelled_energy
 from lilliput.metrics.latency import Comparison
 from lilliput.metrics.memory import weight_bytes
 from lilliput.metrics.size import state_bytes
@@ -65,7 +65,7 @@ class Bench:
         result = Measured(self.runtime.name, self.threads, {})
         original, session = (self.runtime.prepare(m, self.workload, self.threads) for m in (self.workload.model, model))
         measure_speed(self.workload, session, result, quick=True)
-        comparison = compare_speed(self.workload, original, session, rounds)
+        comparison = compare_copies(self.workload, original, session, rounds)
         key = "token_ms" if "token_ms" in result.values else "latency_ms"
         result.values[key] = self.original[key] / comparison.ratio
         return result.values, comparison

@@ -7,6 +7,7 @@ candidates. On a modelled device it is that device's roofline.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -23,21 +24,23 @@ from lilliput.device import Device
 from lilliput.errors import UserError
 from lilliput.fitting.judge import Judge
 from lilliput.fitting.predict import nonnegative_fit
+from lilliput.fitting.quick import quick_model, quick_products, reestimate_norms_
+from lilliput.fitting.recover import all_cores, parts_around_recovery
 from lilliput.fitting.sensitivity import fingerprint, read_known
 from lilliput.fitting.space import Genome, Option, Space, Unit
 from lilliput.graph import coupled_channels, kept_count
-from lilliput.measuring import compare_speed
+from lilliput.measuring import compare_copies
 from lilliput.method import Method
 from lilliput.methods.factorize.tucker import Tucker
 from lilliput.methods.prune.channels import Channels
 from lilliput.methods.quantize.int8_static import Int8Static
 from lilliput.metrics import roofline
 from lilliput.runtimes import Runtime
-from lilliput.workload import Workload
+from lilliput.workload import Batch, Workload
 
 CHANNELS = (0.125, 0.25, 0.375, 0.5)
 RANKS = (0.75, 0.5, 0.35)
-ROUND_TO = 8  # channels kept are a multiple of this: the vector width that 8-bit convolutions like
+ROUND_TO = 16  # channels kept are a multiple of this, the block that 8-bit convolutions work in; of half where few are
 UNIFORM = {
     "int8 everywhere": {"bits": "int8"},
     **{f"-{r:.1%} channels, int8": {"channels": f"-{r:.1%} channels", "bits": "int8"} for r in CHANNELS},
@@ -54,7 +57,9 @@ FEATURES = (
     "changes",
 )  # of the latency model
 BITS = (1.0, 1.0, 0.0, 1.0, 0.5)  # share of the layers in 8 bits, in turn: mostly all, as in good settings
-PROBES = 20  # genomes that teach the latency
+NORM_BATCHES = 1  # of calibration data for the statistics of batch norms
+TYPICAL = 0.25  # share of the channels of other units that are gone while a unit's are judged
+PROBES = 16  # genomes that teach the latency
 
 
 @dataclass
@@ -79,9 +84,11 @@ class FeedforwardSpace(Space):
     coefficients: np.ndarray = field(default_factory=lambda: np.zeros(len(FEATURES)))
     fixed_bytes: float = 0.0
     device: Device | None = None  # set when latency is modelled
+    workload: Workload | None = None
+    judge: Judge | None = None  # on a little calibration data
     threads: int = 1
 
-    def left(self, unit: int, genome: Genome) -> float:
+    def left(self, unit: int, genome: Genome | Mapping[int, int]) -> float:
         """Share of a unit's channels that stay."""
         method = self.units[unit].options[genome[unit]].method if unit >= 0 else None
         if not isinstance(method, Channels):
@@ -111,6 +118,36 @@ class FeedforwardSpace(Space):
         ops = [sum(r[1] for r in rows if is_kind(r)) / 1e9 for is_kind in kinds]
         layers = [sum(r[3] for r in rows if r[0] is int8) for int8 in (False, True)]
         return np.array([1.0, *ops, sum(r[4] for r in rows) / 1e6, *layers, changes])
+
+    def tried(self, genome: Genome) -> tuple[nn.Module, float]:
+        assert self.workload
+        assert self.judge
+        light = dataclasses.replace(self.workload, calibration=self.workload.calibration[:1])
+        plan = self.plan(genome)
+        model = quick_model(plan, light, self._norm_batches())
+        with quick_products(model, not parts_around_recovery(plan)[1]):  # 8-bit products need all digits
+            return model, max(0.0, self.judge.judge(model).damage)
+
+    def judge_norms(self) -> float:
+        """Damage of new statistics alone."""
+        assert self.workload
+        assert self.judge
+        model = copy.deepcopy(self.workload.model)
+        reestimate_norms_(model, self.workload, self._norm_batches())
+        with quick_products(model):
+            return max(0.0, self.judge.judge(model).damage)
+
+    def key(self, unit: int, option: int) -> str:
+        """What an option does to a unit; two that keep as many channels do the same."""
+        method = self.units[unit].options[option].method
+        if self.units[unit].part != "channels":
+            return f"{self.units[unit].name}, new norms: {method!r}"
+        left = round(self.widths[unit] * self.left(unit, {unit: option}))
+        return f"{self.units[unit].name}, others {TYPICAL:.1%} less: {left} left"
+
+    def _norm_batches(self) -> list[Batch]:
+        assert self.workload
+        return list(self.workload.calibration[-NORM_BATCHES:])
 
     def learn(self, measured: Sequence[tuple[Genome, Mapping[str, float]]]) -> None:
         times = {genome: costs["latency_ms"] for genome, costs in measured if "latency_ms" in costs}
@@ -146,13 +183,15 @@ def feedforward_space(
 ) -> FeedforwardSpace:
     """Units, measured damage of each option alone, and a latency model taught by `PROBES` timed genomes."""
     space = FeedforwardSpace([], rivals=UNIFORM)
-    space.threads = threads
+    space.threads, space.workload = threads, workload
+    space.judge = Judge(dataclasses.replace(workload, calibration=workload.calibration[:1]), "calibration")
     groups = _add_channel_units(space, workload) if "prune" in families else {}
     _add_layer_units(space, workload, families, groups)
     if not space.units:
         raise UserError(f"the families {', '.join(families)} change nothing in this model; name others")
     progress("judging options")
-    space.damage = _damages(workload, space, progress)
+    with all_cores():
+        space.damage = _damages(workload, space, progress)
     if device.measured:
         space.timed = _probed(space, workload, runtime, threads, original["latency_ms"], progress)
         space.learn(list(space.timed.items()))
@@ -168,9 +207,10 @@ def _add_channel_units(space: FeedforwardSpace, workload: Workload) -> dict[tupl
     sides: dict[tuple[str, str], int] = {}
     for group in coupled_channels(workload.model, workload.example, workload.forward):
         targets = tuple(name for name in group.producers() if name in can)
-        if not (group.prunable and targets and group.channels >= 2 * ROUND_TO):
+        unit = ROUND_TO if group.channels >= 2 * ROUND_TO else ROUND_TO // 2
+        if not (group.prunable and targets and group.channels >= 2 * unit):
             continue
-        choices = [Option(f"-{r:.1%} channels", Channels(ratio=r, round_to=ROUND_TO)) for r in CHANNELS]
+        choices = [Option(f"-{r:.1%} channels", Channels(ratio=r, round_to=unit)) for r in CHANNELS]
         space.units.append(
             Unit(f"{group.name} channels", targets, (Option("all channels"), *choices), None, "channels")
         )
@@ -210,20 +250,25 @@ def _inputs(workload: Workload) -> list[torch.Tensor]:
 
 
 def _damages(workload: Workload, space: FeedforwardSpace, progress: Callable[[str], None]) -> list[np.ndarray]:
-    """Each option built alone and judged on the calibration data; kept in the cache by the model's hash."""
+    """Each option judged on the calibration data, channels among others that are cut by `TYPICAL`: alone they seem
+    harmless that together are not. Kept in the cache by the model's hash."""
     path = folder("sensitivity") / f"{fingerprint(workload.model, workload.calibration[:1])}.json"
     known = read_known(path)
-    light = dataclasses.replace(workload, calibration=workload.calibration[:1])
-    judge = Judge(light, "calibration")
+    none, typical = (0,) * len(space.units), space.uniform({"channels": f"-{TYPICAL:.1%} channels"})
+    alone = space.judge_norms()
     found = []
     for index, unit in enumerate(space.units):
         progress(f"judging {unit.name}")
-        for option, choice in enumerate(unit.options[1:], 1):
-            genome = tuple(option if i == index else 0 for i in range(len(space.units)))
-            key = f"{unit.name}: {choice.method!r}"
+        channels = unit.part == "channels"
+        damages = []
+        for option in range(0 if channels else 1, len(unit.options)):
+            key = space.key(index, option)
             if key not in known:
-                known[key] = max(0.0, judge.judge(space.plan(genome).apply(light)).damage)
-        found.append(np.array([0.0, *(known[f"{unit.name}: {o.method!r}"] for o in unit.options[1:])]))
+                context = typical if channels else none
+                known[key] = space.tried(tuple(option if i == index else c for i, c in enumerate(context)))[1]
+            damages.append(known[key])
+        floor = damages.pop(0) if channels else alone * (unit.part == "rank")
+        found.append(np.maximum.accumulate([0.0, *(damage - floor for damage in damages)]))
     write_atomically(path, json.dumps(known).encode())
     return found
 
@@ -231,7 +276,7 @@ def _damages(workload: Workload, space: FeedforwardSpace, progress: Callable[[st
 def _probed(
     space: FeedforwardSpace, workload: Workload, runtime: Runtime, threads: int, original_ms: float, progress
 ) -> dict[Genome, dict[str, float]]:
-    """The latency of the uniform settings and of random genomes."""
+    """Latency and quickly judged damage of the uniform settings and of random genomes."""
     light = dataclasses.replace(workload, calibration=workload.calibration[:1])
     generator = np.random.default_rng(0)
     genomes = [(0,) * len(space.units), *(space.uniform(wanted) for wanted in space.rivals.values())]
@@ -243,6 +288,9 @@ def _probed(
     times, reference = {}, runtime.prepare(workload.model, light, threads)
     for number, genome in enumerate(dict.fromkeys(genomes)):
         progress(f"timing setting {number + 1} of {len(genomes)}")
-        session = runtime.prepare(space.plan(genome).apply(light), light, threads)
-        times[genome] = {"latency_ms": original_ms / compare_speed(light, reference, session, rounds=6).ratio}
+        with all_cores():
+            model, damage = space.tried(genome)
+        session = runtime.prepare(model, light, threads)
+        latency_ms = original_ms / compare_copies(light, reference, session).ratio
+        times[genome] = {"latency_ms": latency_ms, "damage": damage}
     return times

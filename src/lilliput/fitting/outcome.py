@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lilliput.fitting.layers import bytes_by_part
-from lilliput.fitting.predict import left_out, rank_correlation
+from lilliput.fitting.predict import left_out, left_out_timed, rank_correlation
 from lilliput.plan import Plan
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def outcome(job: Job, best: dict[str, Any], plan: Plan, checked: dict[str, Any],
         "front": _front(job),
         "layers": bytes_by_part(job.workload.model, model, best["labels"], _layer_ms(job, best)),
         "heat": best["heat"],
-        "predictors": _predictors([c for c in built if c.get("predicted")]),
+        "predictors": _predictors(job, [c for c in built if c.get("predicted")]),
         "seconds": job.timings,
         "runtime": job.runtime.name,
         "threads": job.threads,
@@ -46,15 +46,21 @@ def outcome(job: Job, best: dict[str, Any], plan: Plan, checked: dict[str, Any],
     }
 
 
-def _predictors(judged: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rank correlations of what was predicted and measured of the candidates."""
-    key = next((k for k in TIMES if judged and k in judged[0]["measured"]), "size_bytes")
-    times = [(c["predicted"].get(key, 0.0), c["measured"][key]) for c in judged]
-    damages = [(c["predicted"]["damage"], c["damage"]) for c in judged]
+def _predictors(job: Job, built: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rank correlations of what was predicted and measured: of all settings that were timed and quickly judged, or else
+    of the candidates."""
+    pairs = [(c["predicted"], c["measured"] | {"damage": c["damage"]}) for c in built]
+    quick = {genome: seen for genome, seen in job.timed.items() if "damage" in seen}
+    if quick:
+        unseen = left_out_timed(job.space, job.samples(), quick)
+        pairs = [(costs | {"damage": damage}, seen) for (costs, damage), seen in zip(unseen, quick.values())]
+    key = next((k for k in TIMES if pairs and k in pairs[0][1]), "size_bytes")
+    times, damages = ([(p.get(k, 0.0), m[k]) for p, m in pairs] for k in (key, "damage"))
     return {
-        "latency_rank_correlation": rank_correlation(*zip(*times)) if judged else None,
-        "damage_rank_correlation": rank_correlation(*zip(*damages)) if judged else None,
-        "built": len(judged),
+        "latency_rank_correlation": rank_correlation(*zip(*times)) if pairs else None,
+        "damage_rank_correlation": rank_correlation(*zip(*damages)) if pairs else None,
+        "settings": len(pairs),
+        "built": len(built),
     }
 
 

@@ -14,7 +14,7 @@ SHRINK = {"costs": 0.03, "damage": 0.3}  # how strongly coefficients are pulled 
 LOWEST = 0.05  # of a coefficient
 Parts = Mapping[str, float]  # what a prediction is the sum of
 Sample = tuple[Genome, Mapping[str, float], float]  # a built candidate: genome, measured quantities, measured damage
-Timed = Mapping[Genome, Mapping[str, float]]  # genomes that were measured, but not judged
+Timed = Mapping[Genome, Mapping[str, float]]  # measured but not healed; "damage" is a quick judge's, where there is one
 
 
 @dataclass
@@ -33,8 +33,11 @@ class Predictor:
         return {key: measured[key] if key in measured else self._total(key, parts[key]) for key in parts}
 
     def damage(self, genome: Genome) -> float:
-        """Corrected increase of the loss."""
-        return self._total("damage", self.space.predicted_damage(genome))
+        """Increase of the loss: corrected, or what the quick judge saw."""
+        measured = self.timed.get(genome, {})
+        return (
+            measured["damage"] if "damage" in measured else self._total("damage", self.space.predicted_damage(genome))
+        )
 
     def _total(self, key: str, parts: Parts) -> float:
         factors = self.coefficients.get(key, {})
@@ -51,8 +54,10 @@ class Predictor:
             pairs = [(parts[key], costs[key]) for parts, costs in seen if key in costs]
             if pairs:
                 self.coefficients[key] = regress(*zip(*pairs), shrink=SHRINK["costs"])
-        damages = [self.space.predicted_damage(genome) for genome, _, _ in measured]
-        target = [max(damage, 0.0) for _, _, damage in measured]
+        quick = [(genome, costs["damage"]) for genome, costs in self.timed.items() if "damage" in costs]
+        judged = quick or [(genome, damage) for genome, _, damage in measured]  # healed ones have another scale
+        damages = [self.space.predicted_damage(genome) for genome, _ in judged]
+        target = [max(damage, 0.0) for _, damage in judged]
         self.coefficients["damage"] = regress(damages, target, shrink=SHRINK["damage"])
 
 
@@ -74,12 +79,18 @@ def left_out(
     space: Space, measured: Sequence[Sample], timed: Timed | None = None
 ) -> list[tuple[dict[str, float], float]]:
     """(costs, damage) of every candidate as predicted from all others, as the search sees one it has not built."""
-    found = []
-    for i, (genome, _, _) in enumerate(measured):
-        predictor = Predictor(space, timed={g: m for g, m in (timed or {}).items() if g != genome})
-        predictor.learn([*measured[:i], *measured[i + 1 :]])
-        found.append((predictor.costs(genome), predictor.damage(genome)))
-    return found
+    return [_unseen(space, measured, timed or {}, genome) for genome, _, _ in measured]
+
+
+def left_out_timed(space: Space, measured: Sequence[Sample], timed: Timed) -> list[tuple[dict[str, float], float]]:
+    """The same of every genome that was only timed and quickly judged."""
+    return [_unseen(space, measured, timed, genome) for genome in timed]
+
+
+def _unseen(space: Space, measured: Sequence[Sample], timed: Timed, genome: Genome) -> tuple[dict[str, float], float]:
+    predictor = Predictor(space, timed={g: m for g, m in timed.items() if g != genome})
+    predictor.learn([sample for sample in measured if sample[0] != genome])
+    return predictor.costs(genome), predictor.damage(genome)
 
 
 def violation(budget: Budget, costs: Mapping[str, float], margin: float = 0.0) -> float:

@@ -30,11 +30,16 @@ def bfloat16_pays() -> bool:
 
 def recovering(plan: Plan, **limits: float) -> Plan | None:
     """The plan with distillation (`steps` or `seconds`) before quantization; None without structural changes."""
+    before, after = parts_around_recovery(plan)
+    return Plan([*before, Step(Logits(bfloat16=bfloat16_pays(), **limits)), *after]) if before else None
+
+
+def parts_around_recovery(plan: Plan) -> tuple[list[Step], list[Step]]:
+    """Structural steps, and quantization with what comes after it; an earlier recovery is left out."""
     quantize = STAGES.index("quantize")
     steps = [s for s in plan.steps if not isinstance(s.method, Logits)]
     before = [s for s in steps if STAGES.index(s.method.facts.stage) < quantize]
-    after = [s for s in steps if s not in before]
-    return Plan([*before, Step(Logits(bfloat16=bfloat16_pays(), **limits)), *after]) if before else None
+    return before, [s for s in steps if s not in before]
 
 
 def recover(workload: Workload, plan: Plan, seconds: float) -> tuple[Plan, nn.Module] | None:

@@ -19,7 +19,7 @@ from lilliput.fitting.aim import aim
 from lilliput.fitting.build import Bench, key_of
 from lilliput.fitting.judge import Judge
 from lilliput.fitting.outcome import outcome
-from lilliput.fitting.predict import Predictor, Sample, violation
+from lilliput.fitting.predict import Predictor, Sample
 from lilliput.fitting.progress import Progress
 from lilliput.fitting.record import Run, fresh_folder, summary
 from lilliput.fitting.recover import all_cores, recover
@@ -126,7 +126,8 @@ class Job:
             return found.to_json()
 
         self.original = Measured.from_json(self.run.step("original", compute))
-        self.judge = Judge(self.workload)
+        with all_cores():
+            self.judge = Judge(self.workload)
         self.original.score = self.judge.score
         self._timed("measure")
 
@@ -157,7 +158,7 @@ class Job:
     def search_and_build(self) -> None:
         """Steps 4 and 5, in turn until the time is up or nothing better comes: search on the predictors, build the
         best and an optimum of another budget, correct."""
-        for name, genome in self._rivals().items():
+        for name, genome in (rivals(self.space) if self.options.rivals else {}).items():
             if self._left() > 0:
                 self._build(name, genome)
         stale = 0
@@ -179,25 +180,19 @@ class Job:
             return True
         return best["damage"] < before["damage"] - best["damage_error"]
 
-    def _rivals(self) -> dict[str, Genome]:
-        """Uniform settings to build before the search: all, or of those whose time is known the mildest that meets the
-        budget."""
-        found = rivals(self.space)
-        if self.options.rivals:
-            return found
-        meeting = [n for n, g in found.items() if g in self.timed and not violation(self.budget, self.timed[g], SAFETY)]
-        mildest = sorted(meeting, key=lambda name: self.predictor.damage(found[name]))[:1]
-        return {name: found[name] for name in mildest}
-
     def _aimed(self, round_: int) -> list[Genome]:
-        """What a search finds. Where candidates are healed the best are timed first, and the search goes on with that
-        until its best is one whose time is known."""
+        """What a search finds. Where candidates are healed the best are timed and judged unhealed first, and the search
+        goes on with that until its best is one that is known: what was timed competes, uniform settings included."""
         for attempt in range(TRIES):
             found = self._unbuilt(self._search(round_, attempt))
-            if not self.bench.heal_steps or not found or found[0] in self.timed or self._left() <= 0:
+            if not self.bench.heal_steps or not found:
                 return found
+            if found[0] in self.timed or self._left() <= 0:
+                break
             self.progress.say("timing what was found")
-            self.timed[found[0]] = self.bench.speed(self.space.plan(found[0]).apply(self.light))[0]
+            with all_cores():
+                model, damage = self.space.tried(found[0])
+            self.timed[found[0]] = self.bench.speed(model)[0] | {"damage": damage}
             self.learn()
         return ranked(self.predictor, self.budget, SAFETY, self._unbuilt(list(self.timed)))
 
@@ -207,7 +202,8 @@ class Job:
 
     def _search(self, round_: int, attempt: int = 0) -> list[Genome]:
         self.progress.step("searching")
-        seconds = max(1.0, min(40.0, self._left() / 4))
+        rounds = 4 * (TRIES if self.bench.heal_steps else 1)
+        seconds = max(1.0, min(40.0, self._left() / rounds))
         start = [tuple(c["genome"]) for c in self._by_quality() if c["genome"]][:5]
         found = search(
             self.predictor,

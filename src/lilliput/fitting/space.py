@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from lilliput.method import STAGES, Method
 from lilliput.plan import Plan, Step
@@ -44,7 +45,7 @@ class Space(ABC):
     units: list[Unit]
     damage: list[np.ndarray] = field(default_factory=list)  # per unit, one number per option
     rivals: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> uniform setting that a search must beat
-    timed: dict[Genome, dict[str, float]] = field(default_factory=dict)  # costs measured while the space was made
+    timed: dict[Genome, dict[str, float]] = field(default_factory=dict)  # measured while the space was made
 
     @abstractmethod
     def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:
@@ -52,6 +53,10 @@ class Space(ABC):
 
     def learn(self, measured: Sequence[tuple[Genome, Mapping[str, float]]]) -> None:  # noqa: B027
         """Make the model of the costs anew from everything measured, where a space can."""
+
+    def tried(self, genome: Genome) -> tuple[nn.Module, float]:
+        """The genome built without healing, and its damage as a quick judge sees it; for spaces that are healed."""
+        raise NotImplementedError
 
     def costs(self, genome: Genome) -> dict[str, float]:
         """Predicted budget quantities but `drop`, before correction."""

@@ -35,6 +35,10 @@ class Session:
             raise UserError(f"the batch lacks {', '.join(missing)}; it has {', '.join(given) or 'nothing'}")
         return self.run([given[name] for name in self.names])
 
+    def again(self) -> Session:
+        """The same model prepared once more, where two preparations may differ in speed; else this one."""
+        return self
+
     def run(self, tensors: list[Tensor]) -> Tensor:
         """Logits from the tensors of `names`."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from collections import Counter
@@ -36,9 +37,18 @@ class OpenVINOSession(Session):
         self.names = tuple(name for name in names if name in used)
         self._fixed = tuple(tuple(t.shape) for name, t in zip(names, example) if name in used)
         self._graph.reshape(dict(zip(self.names, map(list, self._fixed))))
+        self._free_request: Any = None
+        self._compile_()
+
+    def _compile_(self) -> None:
         self.compiled = self._core.compile_model(self._graph, "CPU", self._config)
         self._request: Any = self.compiled.create_infer_request()
-        self._free_request: Any = None
+
+    def again(self) -> OpenVINOSession:
+        """Compiled anew: where its buffers come to lie makes one copy up to ten percent slower than the next."""
+        other = copy.copy(self)
+        other._compile_()
+        return other
 
     def run(self, tensors: list[Tensor]) -> Tensor:
         request = self._request

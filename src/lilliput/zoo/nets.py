@@ -282,6 +282,7 @@ _NETS: dict[str, Callable[[], Any]] = {
     "resnet-medium": partial(resnet, width=32, depth=14),
     "bottleneck-resnet-small": partial(bottleneck_resnet, width=24, depth=20, stem_stride=2),
     "mobilenet-small": partial(mobilenet, width=16),
+    "mobilenet-medium": partial(mobilenet, width=32),
     "vit-small": partial(vit, dim=96, layers=4, heads=4),
     "llama-tiny": llama,
 }

@@ -49,6 +49,7 @@ RECIPES = {
     "resnet-medium": Recipe(epochs=2.5, lr=1.5e-3, start="resnet-small", bfloat16=True),
     "bottleneck-resnet-small": Recipe(epochs=5, bfloat16=True),
     "mobilenet-small": Recipe(epochs=5),
+    "mobilenet-medium": Recipe(epochs=6),
     "vit-small": Recipe(epochs=8, batch_size=64, lr=1e-3, shift=0),
     "llama-tiny": Recipe(epochs=1.75, batch_size=8, lr=3e-3, bfloat16=True),
 }
