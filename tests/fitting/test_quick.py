@@ -1,5 +1,7 @@
 """Candidates without healing: new statistics of batch norms."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -20,13 +22,13 @@ def test_statistics_are_those_of_the_batches(cnn_work):
     model = Channels(ratio=0.5).apply(cnn_work.model, cnn_work)
     seen = []
     first = norms(model)[0]
-    handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    handle = first.register_forward_pre_hook(lambda module, args: seen.append(args[0].float()))
     reestimate_norms_(model, cnn_work, cnn_work.calibration[:2])
     handle.remove()
     means = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
     variances = torch.stack([x.transpose(0, 1).flatten(1).var(1) for x in seen]).mean(0)
-    torch.testing.assert_close(first.running_mean, means, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(first.running_var, variances, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first.running_mean, means, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(first.running_var, variances, rtol=1e-3, atol=1e-4)
     assert not any(m.training for m in model.modules())
     assert first.momentum == norms(cnn_work.model)[0].momentum
 
@@ -38,15 +40,24 @@ def test_a_model_without_batch_norms_stays_as_it_is(cnn_work):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_new_statistics_come_before_quantization_and_in_the_place_of_healing(cnn_work):
-    plan = Plan([Step(Channels(ratio=0.25)), Step(Logits(steps=10**6)), Step(Int8Static())])
-    found = quick_model(plan, cnn_work, cnn_work.calibration[:2])
-    assert type(found.stem).__name__ != type(cnn_work.model.stem).__name__ or not norms(found)
-    pruned = Channels(ratio=0.25).apply(cnn_work.model, cnn_work)
-    judge = Judge(cnn_work, "calibration")
-    assert judge.judge(quick_model(Plan([Step(Channels(ratio=0.25))]), cnn_work, cnn_work.calibration)).damage < (
-        judge.judge(pruned).damage
-    )
+def test_statistics_of_other_data_are_mended(cnn_work):
+    """Judged against the net as it was before its norms were spoilt."""
+    reestimate_norms_(cnn_work.model, cnn_work, cnn_work.calibration)
+    judge, model = Judge(cnn_work, "calibration"), copy.deepcopy(cnn_work.model)
+    for norm in norms(model):
+        norm.running_mean += 3.0
+        norm.running_var *= 50.0
+    spoilt = judge.judge(model).damage
+    reestimate_norms_(model, cnn_work, cnn_work.calibration)
+    assert judge.judge(model).damage < 1e-3 * spoilt
+
+
+def test_healing_is_left_out_and_quantization_comes_last(cnn_work):
+    steps = [Step(Channels(ratio=0.25)), Step(Logits(steps=10**6)), Step(Int8Static())]
+    found = quick_model(Plan(steps), cnn_work, cnn_work.calibration)
+    assert [type(m).__name__ for m in found.modules()] == [
+        type(m).__name__ for m in Plan([steps[0], steps[2]]).apply(cnn_work).modules()
+    ]
 
 
 @pytest.mark.parametrize("method", [Int8Static()])
