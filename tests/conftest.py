@@ -74,6 +74,16 @@ def tiny_llama():
 
 
 @pytest.fixture
+def sharp_llama(tiny_llama):
+    """The tiny llama with attention that looks at some tokens more than at others; as it comes it is nearly uniform."""
+    with torch.no_grad():
+        for layer in tiny_llama.model.layers:
+            layer.self_attn.q_proj.weight.mul_(4)
+            layer.self_attn.k_proj.weight.mul_(4)
+    return tiny_llama
+
+
+@pytest.fixture
 def cnn_work(tiny_cnn):
     """Random pictures labelled by the model itself, so that its accuracy is 100 %."""
     generator = torch.Generator().manual_seed(1)

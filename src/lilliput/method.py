@@ -20,6 +20,7 @@ from lilliput.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import Cache
 
     from lilliput.workload import Workload
 
@@ -101,6 +102,11 @@ class Settings:
             limits.check(name, getattr(self, name), type(self).__name__)
 
     @classmethod
+    def name(cls) -> str:
+        """`<family>.<file>` for our own methods, the module path for others."""
+        return cls.__module__.removeprefix("lilliput.methods.")
+
+    @classmethod
     def knobs(cls) -> dict[str, Knob]:
         """Name -> search range of every setting."""
         return {f.name: f.metadata["knob"] for f in dataclasses.fields(cls) if "knob" in f.metadata}
@@ -125,11 +131,6 @@ class Method(Settings):
 
     facts: ClassVar[Facts]
     paper: ClassVar[str] = ""  # slug of the paper this implements, if any
-
-    @classmethod
-    def name(cls) -> str:
-        """`<family>.<file>` for our own methods, the module path for others."""
-        return cls.__module__.removeprefix("lilliput.methods.")
 
     def targets(self, model: nn.Module) -> Iterator[str]:
         """Names of the modules this method can change, in the order of the model."""
@@ -169,6 +170,24 @@ class Method(Settings):
                 raise UserError(f"{self.name()} cannot change {pattern!r}; it can change {_abbreviate(possible)}")
             found.update(dict.fromkeys(names, self.with_(**settings)))
         return {name: found[name] for name in possible if name in found}
+
+
+@dataclass(frozen=True)
+class CachePolicy(Settings):
+    """What a decoder keeps of its keys and values: `model.generate(**inputs, past_key_values=policy.cache(model))`."""
+
+    facts: ClassVar[Facts]
+    paper: ClassVar[str] = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, default in self.defaults().items():
+            if type(default) is int and type(value := getattr(self, name)) is not int:
+                raise UserError(f"{type(self).__name__}.{name} is {value!r}; give a whole number")
+
+    def cache(self, model: nn.Module) -> Cache:
+        """An empty cache for one text or one batch of texts. Raises UserError for a model that it does not fit."""
+        raise NotImplementedError
 
 
 def _abbreviate(names: Sequence[str], limit: int = 6) -> str:
