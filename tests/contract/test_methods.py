@@ -23,6 +23,7 @@ from lilliput.method import (
     OUTPUT_SHAPE,
     UNLABELLED,
     Method,
+    Settings,
     find_method,
     method_names,
 )
@@ -30,12 +31,11 @@ from lilliput.methods.layers._sparsity import sparsity_report
 from lilliput.metrics.memory import weight_bytes
 from lilliput.plan import Plan, Step
 
-CONFIGURED = [name for name in method_names() if not name.startswith("search.")]
-NAMES = [name for name in CONFIGURED if issubclass(find_method(name), Method)]
+NAMES = [name for name in method_names() if issubclass(find_method(name), Method)]
 TESTS = Path(__file__).parent.parent / "methods"
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
-everything = pytest.mark.parametrize("name", CONFIGURED)
+everything = pytest.mark.parametrize("name", method_names())  # decoders and samplers too
 every_method = pytest.mark.parametrize("name", NAMES)
 every_work = pytest.mark.parametrize("work_name", WORKS)
 
@@ -84,6 +84,7 @@ def test_it_is_found_under_its_name_and_through_its_family(name):
     import lilliput
 
     cls = find_method(name)
+    assert issubclass(cls, Settings)
     assert cls.name() == name
     assert getattr(getattr(lilliput.methods, name.partition(".")[0]), cls.__name__) is cls
 
