@@ -23,7 +23,6 @@ from lilliput.methods.factorize._ranks import svd_rank
 from lilliput.methods.factorize.low_rank import LowRank
 from lilliput.methods.prune.depth import Depth
 from lilliput.methods.prune.neurons import Neurons
-from lilliput.methods.quantize.codebook import Codebook, whole_pieces
 from lilliput.methods.quantize.group import Group, fitting_group
 from lilliput.methods.quantize.int8 import Int8
 from lilliput.plan import Plan, Step
@@ -35,11 +34,9 @@ FORMATS: dict[str, Method | None] = {
     "int8": Int8(),
     "int4 g32": Group(bits=4, group=32),
     "int4 g64": Group(bits=4, group=64),
-    "codebook4 g64": Codebook(bits=4, group=64),
     "int3 g32": Group(bits=3, group=32, product="lookup"),  # faster than the integer product token by token
     "int2 g32": Group(bits=2, group=32, product="lookup"),
 }
-TIMED_AS: dict[str, Method] = {"codebook4 g64": Codebook(bits=4, group=64, weighting=False, rounds=0)}  # to time it
 NEURONS = (0.0, 0.125, 0.25, 0.375, 0.5)
 RANKS = (1.0, 0.75, 0.5)
 KEEP, DROP = "keep", "drop"
@@ -175,8 +172,6 @@ def format_bytes(label: str, shape: tuple[int, int]) -> int:
         return 4 * n * k
     if isinstance(method, Int8):
         return n * k + 2 * n
-    if isinstance(method, Codebook):
-        return n * (k * method.bits // 8 + 2 * k // whole_pieces(method.group, k))
     assert isinstance(method, Group)
     return n * (k * method.bits // 8 + 4 * k // fitting_group(method.group, k))
 
@@ -205,9 +200,8 @@ def decoder_space(
     _add_head(space, model, parts, formats)
     progress("timing layers")
     shapes = {layer.shape for layer in space.layers}
-    timed = {label: TIMED_AS.get(label, method) for label, method in formats.items()}
     modelled = ModelledTable(device, threads, format_bytes)
-    space.table = latency_table(timed, shapes, threads) if device.measured else modelled
+    space.table = latency_table(formats, shapes, threads) if device.measured else modelled
     progress("judging options")
     space.damage = _damages(workload, space, progress)
     _calibrate(space, token_ms, memory_bytes)
@@ -247,8 +241,7 @@ def _add_head(space: DecoderSpace, model: nn.Module, parts: Anatomy, formats: di
     if parts.head is None:
         return
     linear = model.get_submodule(parts.head)
-    possible = {k: m for k, m in formats.items() if m is None or parts.head in m.targets(model)}
-    options = tuple(Option(label, method) for label, method in possible.items())
+    options = tuple(Option(label, method) for label, method in formats.items())
     space.units.append(Unit(parts.head, (parts.head,), options, None, "head"))
     shape = (int(linear.out_features), int(linear.in_features))  # type: ignore[arg-type]
     space.layers.append(_Layer(shape, len(space.units) - 1))
