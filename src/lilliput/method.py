@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from lilliput.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from lilliput.workload import Workload
 
@@ -101,6 +101,11 @@ class Settings:
             limits.check(name, getattr(self, name), type(self).__name__)
 
     @classmethod
+    def name(cls) -> str:
+        """`<family>.<file>` for our own methods, the module path for others."""
+        return cls.__module__.removeprefix("lilliput.methods.")
+
+    @classmethod
     def knobs(cls) -> dict[str, Knob]:
         """Name -> search range of every setting."""
         return {f.name: f.metadata["knob"] for f in dataclasses.fields(cls) if "knob" in f.metadata}
@@ -125,11 +130,6 @@ class Method(Settings):
 
     facts: ClassVar[Facts]
     paper: ClassVar[str] = ""  # slug of the paper this implements, if any
-
-    @classmethod
-    def name(cls) -> str:
-        """`<family>.<file>` for our own methods, the module path for others."""
-        return cls.__module__.removeprefix("lilliput.methods.")
 
     def targets(self, model: nn.Module) -> Iterator[str]:
         """Names of the modules this method can change, in the order of the model."""
@@ -169,6 +169,18 @@ class Method(Settings):
                 raise UserError(f"{self.name()} cannot change {pattern!r}; it can change {_abbreviate(possible)}")
             found.update(dict.fromkeys(names, self.with_(**settings)))
         return {name: found[name] for name in possible if name in found}
+
+
+@dataclass(frozen=True)
+class Decoder(Settings):
+    """A way to generate text: the object is the loop, `model.generate(ids, custom_generate=decoder)`."""
+
+    facts: ClassVar[Facts]
+    paper: ClassVar[str] = ""  # slug of the paper this implements, if any
+
+    def __call__(self, model: Any, input_ids: Tensor, **call: Any) -> Tensor:
+        """Token ids (1, length) of prompt and continuation; `call` is what transformers hands to its own loops."""
+        raise NotImplementedError
 
 
 def _abbreviate(names: Sequence[str], limit: int = 6) -> str:

@@ -23,6 +23,7 @@ from lilliput.method import (
     OUTPUT_SHAPE,
     UNLABELLED,
     Method,
+    Settings,
     find_method,
     method_names,
 )
@@ -30,10 +31,11 @@ from lilliput.methods.layers._sparsity import sparsity_report
 from lilliput.metrics.memory import weight_bytes
 from lilliput.plan import Plan, Step
 
-NAMES = [name for name in method_names() if not name.startswith("search.")]
+NAMES = [name for name in method_names() if issubclass(find_method(name), Method)]
 TESTS = Path(__file__).parent.parent / "methods"
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
+everything = pytest.mark.parametrize("name", method_names())  # decoders and samplers too
 every_method = pytest.mark.parametrize("name", NAMES)
 every_work = pytest.mark.parametrize("work_name", WORKS)
 
@@ -62,13 +64,13 @@ def shapes(model):
 # --- what is written -------------------------------------------------------------------------------------------
 
 
-@every_method
+@everything
 def test_it_has_a_test_file_of_its_name(name):
     family, _, method = name.partition(".")
     assert (TESTS / family / f"test_{method}.py").is_file()
 
 
-@every_method
+@everything
 def test_its_docstring_is_a_sentence(name):
     doc = (find_method(name).__doc__ or "").strip()
     assert not doc.startswith(find_method(name).__name__ + "(")  # the one that dataclass writes by itself
@@ -77,12 +79,12 @@ def test_its_docstring_is_a_sentence(name):
     assert len(doc.split()) >= 5
 
 
-@every_method
+@everything
 def test_it_is_found_under_its_name_and_through_its_family(name):
     import lilliput
 
     cls = find_method(name)
-    assert issubclass(cls, Method)
+    assert issubclass(cls, Settings)
     assert cls.name() == name
     assert getattr(getattr(lilliput.methods, name.partition(".")[0]), cls.__name__) is cls
 
@@ -90,7 +92,7 @@ def test_it_is_found_under_its_name_and_through_its_family(name):
 # --- settings --------------------------------------------------------------------------------------------------
 
 
-@every_method
+@everything
 def test_settings_are_frozen_and_hashable(name):
     method = find_method(name)()
     assert hash(method) == hash(find_method(name)())
@@ -100,7 +102,7 @@ def test_settings_are_frozen_and_hashable(name):
             setattr(method, field.name, field.default)
 
 
-@every_method
+@everything
 def test_every_setting_is_a_knob_whose_default_lies_inside(name):
     cls = find_method(name)
     assert set(cls.knobs()) == set(cls.defaults()) == {f.name for f in dataclasses.fields(cls)}
@@ -115,7 +117,7 @@ def test_every_setting_is_a_knob_whose_default_lies_inside(name):
             assert not knob.log or knob.low > 0
 
 
-@every_method
+@everything
 def test_values_outside_a_knob_are_refused_with_the_value(name):
     cls = find_method(name)
     for key, knob in cls.knobs().items():
@@ -129,7 +131,7 @@ def test_values_outside_a_knob_are_refused_with_the_value(name):
             assert str(value) in str(caught.value)
 
 
-@every_method
+@everything
 def test_unknown_settings_are_refused_with_the_known_ones(name):
     with pytest.raises(UserError) as caught:
         find_method(name)().with_(nonsense=1)
