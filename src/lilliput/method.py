@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from lilliput.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import Cache
 
     from lilliput.workload import Workload
@@ -187,6 +187,18 @@ class CachePolicy(Settings):
 
     def cache(self, model: nn.Module) -> Cache:
         """An empty cache for one text or one batch of texts. Raises UserError for a model that it does not fit."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Decoder(Settings):
+    """A way to generate text: the object is the loop, `model.generate(ids, custom_generate=decoder)`."""
+
+    facts: ClassVar[Facts]
+    paper: ClassVar[str] = ""  # slug of the paper this implements, if any
+
+    def __call__(self, model: Any, input_ids: Tensor, **call: Any) -> Tensor:
+        """Token ids (1, length) of prompt and continuation; `call` is what transformers hands to its own loops."""
         raise NotImplementedError
 
 

@@ -1,7 +1,7 @@
 """Text from a fitted language model: streamed from an artifact, or by the native decoder inside `model.generate`.
 
 model.generate(**inputs, custom_generate=native_sampling)
-with accelerated(model):
+with accelerated(model):                  # or accelerated(model, Ngram()), see lilliput.methods.decode
     model.generate(**inputs, streamer=streamer)
 """
 
@@ -52,12 +52,13 @@ def stream_text(folder: str | Path, prompt: str, tokens: int) -> Iterator[str]:
 
 
 @contextmanager
-def accelerated(model: Any) -> Iterator[Any]:
-    """Inside, `model.generate` decodes natively where it can (see `native_sampling`), streamers included."""
+def accelerated(model: Any, decoder: Any = None) -> Iterator[Any]:
+    """Inside, `model.generate` runs a decoder, streamers included: by default `native_sampling` where that can."""
+    loop = native_sampling if decoder is None else decoder
     plain = model.generate
 
     def generate(*args: Any, streamer: Any = None, custom_generate: Any = None, **options: Any) -> Any:
-        chosen = custom_generate or partial(native_sampling, streamer=streamer)
+        chosen = custom_generate or partial(loop, streamer=streamer)
         if options.get("assistant_model") is not None:
             chosen = custom_generate
         return plain(*args, streamer=streamer, custom_generate=chosen, **options)

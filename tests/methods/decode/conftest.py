@@ -1,0 +1,123 @@
+"""Tiny models that write, and what their texts are compared with."""
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from lilliput.methods.decode._backends import Backend
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Two torch threads on a busy machine make layers this small a hundred times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_llama():
+    """`make_llama(layers, seed, **config)`: random weights, large enough that texts are not one word for ever."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(layers=2, seed=0, vocabulary=64, **config):
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+        special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": True}
+        options = {**sizes, **special, "max_position_embeddings": 128, **config}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, num_hidden_layers=layers, **options)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(4)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def model(make_llama):
+    return make_llama()
+
+
+@pytest.fixture
+def prompt():
+    """`prompt(length, seed)`: token ids (1, length) of the 64."""
+
+    def make(length=9, seed=0):
+        return torch.randint(3, 64, (1, length), generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+class Listener:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self):
+        self.heard, self.ended = [], False
+
+    def put(self, tokens):
+        self.heard += tokens.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.fixture
+def listener():
+    return Listener()
+
+
+class Table(Backend):
+    """Logits (V, V, V) by the last two tokens, read from a table: fast, and its distributions are known exactly."""
+
+    def __init__(self, logits):
+        self.logits, self.text = logits, []
+
+    @property
+    def filled(self):
+        return len(self.text)
+
+    def extend(self, fresh, draft=None):
+        self.text += fresh.tolist()
+        tokens, parents = (draft.tokens, draft.parents) if draft else ([], [])
+        ways = [self.text[-2:]]
+        for token, parent in zip(tokens, parents):
+            ways.append([ways[parent + 1][-1], token])
+        self.text += tokens
+        return torch.stack([self.logits[a, b] for a, b in ways])
+
+    def gather(self, start, nodes):
+        self.text = self.text[:start] + [self.text[start + node] for node in nodes] + self.text[start + len(nodes) :]
+
+    def rewind(self, length):
+        del self.text[length:]
+
+
+@pytest.fixture
+def make_table():
+    """`make_table(seed, size)`: a back end of that many tokens with random logits."""
+    return lambda seed, size=5: Table(2 * torch.randn(size, size, size, generator=torch.Generator().manual_seed(seed)))
+
+
+def p_value(counts, p):
+    """Of Pearson's chi-square test of counts against the probabilities p; 0 when something happened that cannot.
+
+    Cells that are expected less than five times are put together.
+    """
+    counts, expected = counts.double().flatten(), p.double().flatten() * counts.sum()
+    if bool(((expected == 0) & (counts > 0)).any()):
+        return 0.0
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    possible = expected > 0
+    expected = expected[possible] * counts.sum() / expected.sum()  # scipy wants equal sums
+    return float(chisquare(counts[possible], expected).pvalue)
+
+
+@pytest.fixture
+def likely():
+    """`likely(counts, p)`: whether draws so far from p are no rarer than one in ten thousand."""
+    return lambda counts, p: p_value(counts, p) > 1e-4
