@@ -179,7 +179,7 @@ def test_rows_padded_on_the_left_give_what_they_give_alone(name, make, model):
     ids = torch.stack([torch.cat([row.new_zeros(14 - len(row)), row]) for row in rows])
     mask = (ids != 0).long()
     if name == "cache.infinipot":
-        with pytest.raises(UserError, match="padding|prefill_chunk_size"):
+        with pytest.raises(UserError, match=r"padding|prefill_chunk_size"):
             generate(model, ids, make(name).cache(model), attention_mask=mask)
         return
     found = generate(model, ids, make(name).cache(model), attention_mask=mask)
