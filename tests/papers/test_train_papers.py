@@ -220,7 +220,7 @@ def test_the_teachers_of_the_rivals(task):
 
 
 @pytest.mark.parametrize(
-    ("share", "gain", "holds"), [(0.5, 0.0, True), (0.9, 0.1, True), (0.95, 0.1, False), (0.5, -0.001, False)]
+    ("share", "gain", "holds"), [(0.5, 0.0, True), (0.89, 0.1, True), (0.95, 0.1, False), (0.5, -0.001, False)]
 )
 def test_early_stopping_has_to_save_and_to_lose_nothing(share, gain, holds):
     decision = Decision(share, 0.5, 0.8, 0.7, 0.9, 4, True)
@@ -237,7 +237,11 @@ def test_patience_ends_after_looks_without_anything_better():
 
 
 def test_every_way_to_answer_is_tested_on_the_same_tries(task, monkeypatch, tiny_llama):
-    prompts, right, wrong = [task.prompt("ba"), task.prompt("dc")], [task.answer("ba"), task.answer("dc")], torch.ones(1)
+    prompts, right, wrong = (
+        [task.prompt("ba"), task.prompt("dc")],
+        [task.answer("ba"), task.answer("dc")],
+        torch.ones(1),
+    )
     tries = [[right[0], wrong, wrong, right[0]], [wrong, wrong, right[1], wrong]]
     monkeypatch.setattr(ttc_early_stop, "sample", lambda *args: tries)
     monkeypatch.setattr(ttc_early_stop, "greedy", lambda *args: torch.tensor([0.0, 1.0]))

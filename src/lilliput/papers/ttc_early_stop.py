@@ -14,7 +14,16 @@ from lilliput.methods.train.early_stop import Decision, EarlyStop, Stopper
 from lilliput.methods.train.verified_stream import Verifier, sample
 from lilliput.paper import Evidence, Paper, Row
 from lilliput.papers._letters import (
-    Letters, drawn, greedy, held_out, learned_verifier, longest_answer, taught, tokens_of, voted, words,
+    Letters,
+    drawn,
+    greedy,
+    held_out,
+    learned_verifier,
+    longest_answer,
+    taught,
+    tokens_of,
+    voted,
+    words,
 )
 from lilliput.papers._paired import advantage
 from lilliput.training import Callback, State
@@ -128,8 +137,14 @@ def evaluated(model: nn.Module, task: Letters, prompts: Sequence[Tensor]) -> dic
 
 
 def rows_of(
-    model: nn.Module, task: Letters, stopper: Stopper, snapshots: Snapshots, decision: Decision, tries: int,
-    validation: Sequence[Tensor], test: Sequence[Tensor],
+    model: nn.Module,
+    task: Letters,
+    stopper: Stopper,
+    snapshots: Snapshots,
+    decision: Decision,
+    tries: int,
+    validation: Sequence[Tensor],
+    test: Sequence[Tensor],
 ) -> tuple[dict[str, Row], dict[str, Tested]]:
     """The contenders on the test words. The verifier has learned from the stopped model's answers to validation
     words, and judges for the fully trained one too."""

@@ -9,8 +9,8 @@ from lilliput.methods.train import _restored
 from lilliput.methods.train._restored import restored
 
 
-def wreck(model):
-    """Change everything that can be changed."""
+def wreck(model, end=None):
+    """Change everything that can be changed, and then perhaps fail: by an exception, or by what a call does."""
     model.train(not model.training)
     for parameter in model.parameters():
         parameter.requires_grad_(not parameter.requires_grad)
@@ -27,6 +27,10 @@ def wreck(model):
     first = next(name for name, _ in model.named_children())
     model.add_module(first, nn.Identity())
     model.something = "new"
+    if end is not None:
+        failure = end()
+        if failure is not None:
+            raise failure
 
 
 class Stopped(Exception):
@@ -50,16 +54,14 @@ def test_everything_comes_back_to_the_bit_however_the_block_ends(model, end, fin
             assert fingerprint(model) != before
     else:
         with pytest.raises(end), restored(model):
-            wreck(model)
-            raise end
+            wreck(model, end)
     assert fingerprint(model) == before
 
 
 def test_a_real_interrupt_in_the_middle_of_the_work(tiny_cnn, fingerprint):
     before = fingerprint(tiny_cnn)
     with pytest.raises(KeyboardInterrupt), restored(tiny_cnn):
-        wreck(tiny_cnn)
-        signal.raise_signal(signal.SIGINT)
+        wreck(tiny_cnn, lambda: signal.raise_signal(signal.SIGINT))
     assert fingerprint(tiny_cnn) == before
 
 

@@ -46,10 +46,12 @@ def test_samples_follow_their_seed_and_leave_torchs_random_state(tiny_llama, fin
 
 
 def test_an_answer_ends_with_the_end_token(tiny_llama):
-    first = sample(tiny_llama, prompts(1), 1, 4, 0.0, 0)[0][0]
-    tiny_llama.generation_config.eos_token_id = [int(first[1]), 63]
-    found = sample(tiny_llama, prompts(1), 1, 4, 0.0, 0)[0][0]
-    assert found.tolist() == first[:2].tolist()
+    tiny_llama.generation_config.eos_token_id = None
+    endless = sample(tiny_llama, prompts(1), 1, 4, 5.0, 0)[0][0].tolist()
+    assert len(endless) == 4
+    tiny_llama.generation_config.eos_token_id = [endless[2], endless[3]]
+    found = sample(tiny_llama, prompts(1), 1, 4, 5.0, 0)[0][0].tolist()
+    assert found == endless[: endless.index(endless[2]) + 1]
 
 
 def test_padding_goes_to_the_side_that_is_asked_for():
@@ -76,33 +78,36 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(tiny_llama):
 # --- the stream ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["ffn_out", LORA])
+@pytest.mark.parametrize("part", ["all", LORA])
 def test_it_learns_what_the_verifier_likes_and_is_restored(tiny_llama, part, fingerprint):
     if part == LORA:
         pytest.importorskip("peft")
     before, state = fingerprint(tiny_llama), torch.get_rng_state()
-    asked = prompts(4) * 6
-    method = SMALL.with_(threshold=0.5, steps=6, part=part)
+    asked = prompts(2) * 4
+    method = SMALL.with_(threshold=0.5, steps=12, lr=3e-2, part=part)
     learned = method.run(tiny_llama, share_of_wanted, asked)
     still = method.with_(steps=0).run(tiny_llama, share_of_wanted, asked)
     assert fingerprint(tiny_llama) == before
     assert torch.equal(torch.get_rng_state(), state)
     assert tokens(learned)[:2] == tokens(still)[:2]  # the first block is answered before anything is learned
-    likes = [torch.cat([share_of_wanted(None, a.candidates) for a in answers[-8:]]).mean() for answers in (learned, still)]
+    likes = [
+        torch.cat([share_of_wanted(None, a.candidates) for a in answers[-4:]]).mean() for answers in (learned, still)
+    ]
     assert likes[0] > likes[1] + 0.1
 
 
 def test_the_answer_is_the_most_trusted_and_is_learned_from_the_threshold_on(tiny_llama):
-    with SMALL.with_(threshold=0.6).open(tiny_llama, share_of_wanted) as stream:
-        answers = stream.ask(prompts(4))
+    highest = max(a.trust for a in SMALL.with_(block=9).run(tiny_llama, share_of_wanted, prompts(9)))
+    with SMALL.with_(threshold=highest).open(tiny_llama, share_of_wanted) as stream:
+        answers = stream.ask(prompts(9))
         learned = [a for a in answers if a.learned is not None]
-        assert 0 < len(learned) < 4
-        assert len(stream.buffer) == len(learned)
+        assert 0 < len(learned) < 9
+        assert [answer.tolist() for _, answer in stream.buffer] == [a.tokens.tolist() for a in learned]
     for answer in answers:
         trusts = share_of_wanted(None, answer.candidates)
         assert answer.trust == pytest.approx(float(trusts.max()))
         assert answer.tokens.tolist() == answer.candidates[int(trusts.argmax())].tolist()
-        assert (answer.learned is not None) == (answer.trust >= 0.6)
+        assert (answer.learned is not None) == (answer.trust >= highest)
 
 
 def test_answers_without_trust_teach_nothing(tiny_llama):

@@ -96,7 +96,7 @@ class Sigmoid:
 def fit_sigmoid(tries: Sequence[int], accuracies: Sequence[float]) -> Sigmoid:
     """The sigmoid of log K with the least squared error, its log odds a straight line, slope >= 0.
 
-    Of ceilings that fit as well the lowest is taken: few points do not promise what more tries would give.
+    Of ceilings that fit as well the highest is taken, which promises least between the points.
     """
     _check_tries(tries, accuracies)
     k, y = torch.tensor(tries, dtype=torch.float64).log(), torch.tensor(accuracies, dtype=torch.float64)
@@ -106,7 +106,7 @@ def fit_sigmoid(tries: Sequence[int], accuracies: Sequence[float]) -> Sigmoid:
     slope = ((odds * centred).sum(1) / centred.square().sum().clamp_min(1e-30)).clamp_min(0)
     offset = odds.mean(1) - slope * k.mean()
     errors = (ceilings[:, None] * torch.sigmoid(slope[:, None] * k + offset[:, None]) - y).square().sum(1)
-    best = int((errors <= 1.01 * errors.min() + TIED).nonzero()[0])
+    best = int((errors <= 1.01 * errors.min() + TIED).nonzero()[-1])
     return Sigmoid(float(ceilings[best]), float(slope[best]), float(offset[best]))
 
 

@@ -36,7 +36,7 @@ class ExtendContext(Settings):
     overlap: float = knob(0.5, low=0.0, high=0.9, help="share of a chunk that the next one repeats")
     epochs: int = knob(2, low=1, high=100, help="passes over the document")
     batch: int = knob(2, low=1, high=1024, help="chunks per update")
-    lr: float = knob(5e-4, low=1e-7, high=0.1, log=True, help="learning rate")
+    lr: float = knob(3e-4, low=1e-7, high=0.1, log=True, help="learning rate")
     rank: int = knob(8, low=1, high=1024, help="width of the adapters, if those learn")
     seed: int = knob(0, low=0, help="order of the chunks, first values of adapters")
     facts: ClassVar[Facts] = Facts(
