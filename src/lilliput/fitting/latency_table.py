@@ -48,9 +48,7 @@ class ModelledTable:
     def ms(self, label: str, shape: Shape) -> float:
         """Modelled milliseconds of one product with a single row of input."""
         dtype, ops = "fp32" if label == "float32" else "int8", 2.0 * shape[0] * shape[1]
-        return self.device.roofline_ms(
-            self.bytes_of(label, shape), ops, dtype, self.threads, self.device.memory_bytes
-        )
+        return self.device.roofline_ms(self.bytes_of(label, shape), ops, dtype, self.threads, self.device.memory_bytes)
 
 
 def latency_table(formats: dict[str, Method | None], shapes: Iterable[Shape], threads: int) -> LatencyTable:
