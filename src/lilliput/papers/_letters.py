@@ -50,7 +50,7 @@ def words(split: str, lengths: Iterable[int]) -> dict[int, list[str]]:
     return {n: [word for word in found if len(word) == n] for n in lengths}
 
 
-def drawn(pool: Sequence[str], count: int, seed: int) -> list[str]:
+def drawn(pool: list[str], count: int, seed: int) -> list[str]:
     """`count` different words, or all there are, in an order drawn by the seed."""
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
     return [pool[i] for i in order[:count]]
