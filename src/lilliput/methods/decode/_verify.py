@@ -6,7 +6,7 @@ chosen drafts a seed gives the tokens of plain sampling, with drawn ones another
 
 The logits of a chunk differ from those of single tokens in the last bits, since sums run in another order. So greedy
 float32 texts are equal until two tokens are level within that rounding, which `tests/methods/decode` check. Models with
-packed layers on the native decoder were seen to part on more prompts; `same_text` in `benchmarks/generate.py` counts them.
+packed layers on the native decoder were seen to part more often; `same_text` in `benchmarks/generate.py` counts that.
 """
 
 from __future__ import annotations
