@@ -100,7 +100,7 @@ def contenders(workload: Workload, train_s: float) -> list[Contender]:
 
 
 def texts() -> dict[str, Iterator[str]]:
-    """Kind -> pieces of text; of a program or an address what follows its first third, from a new line on."""
+    """Kind -> pieces of text; of a program or an address what follows its first third, from a new line or word on."""
     library = Path(sysconfig.get_path("stdlib"))
     code = (path.read_text(encoding="utf-8", errors="replace") for path in library.glob("*.py"))
     packages = (d.read_text("METADATA") or "" for d in distributions())
@@ -112,7 +112,8 @@ def texts() -> dict[str, Iterator[str]]:
 
 
 def _later(text: str) -> str:
-    return text[len(text) // 3 :].partition("\n")[2]
+    rest = text[len(text) // 3 :]
+    return rest.partition("\n" if "\n" in rest else " ")[2]
 
 
 def prompts(tokenizer: Any, count: Callable[[int], int]) -> dict[str, list[Tensor]]:

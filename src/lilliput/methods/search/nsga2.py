@@ -16,7 +16,7 @@ from lilliput.method import Facts, Settings, knob
 
 @dataclass(frozen=True)
 class Nsga2(Settings):
-    """NSGA-II: the best by Pareto rank and crowding distance, with uniform crossover."""
+    """NSGA-II with uniform crossover."""
 
     population: int = knob(40, low=2, high=1000, help="trials of a generation")
     crossover: float = knob(0.9, low=0.0, high=1.0, help="share of children with two parents")
