@@ -55,12 +55,13 @@ void gate(Activation activation, const float* gate, const float* up, int64_t cou
 
 // --- attention ---------------------------------------------------------------------------------------------------
 
-/// Scores of one query for the keys first .. last-1: a sum across lanes for each key.
-void score_one(const Attention& a, int64_t first, int64_t last, float* scores) {
+/// Scores of query `q` for the keys first .. last-1: a sum across lanes for each key.
+void score_one(const Attention& a, int q, int64_t first, int64_t last, float* scores) {
+  const float* queries = a.queries + q * a.query_stride;
   for (int64_t start = first; start < last; start += kWidth) {
     Floats sums[kWidth] = {};
     for (int64_t d = 0; d < a.dim; d += kWidth) {
-      const Floats query = load_part(a.queries + d, a.dim - d);
+      const Floats query = load_part(queries + d, a.dim - d);
       for (int k = 0; k < kWidth; ++k) {
         const int64_t key = start + k < last ? start + k : last - 1;
         sums[k] = fused(query, load_part(a.keys + key * a.dim + d, a.dim - d), sums[k]);
@@ -166,8 +167,8 @@ void attend(const Attention& a, float* scores) {
   const int64_t last = a.position + a.count;
   const int64_t first = a.position + 1 > a.window ? a.position + 1 - a.window : 0;
   const int64_t keys = last - first, room = score_room(keys);
-  if (a.count == 1) {
-    score_one(a, first, last, scores);
+  if (a.count < kQueries) {  // in the order of a single query, so that a few tokens at once give what each gives alone
+    for (int q = 0; q < a.count; ++q) score_one(a, q, first, last, scores + q * room);
   } else {
     for (int64_t start = first; start < last; start += kWidth) {
       score_keys(a, start, last, scores + start - first, room);

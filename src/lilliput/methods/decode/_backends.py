@@ -119,9 +119,10 @@ class LeanBackend(Backend):
             self.gather(self.filled, [])
         if not draft.tokens:
             return self.decoder(fresh, self.cache)
-        if len(fresh) > 1:  # the logits of a prompt are not needed, and cost more than a second call
-            self.decoder(fresh[:-1], self.cache)
-        return self.decoder(torch.cat([fresh[-1:], fresh.new_tensor(draft.tokens)]), self.cache, every=True)
+        drafted = fresh.new_tensor(draft.tokens)
+        if len(fresh) > 1:  # a prompt is read as in plain decoding, and the logits inside it are not needed
+            return torch.cat([self.decoder(fresh, self.cache), self.decoder(drafted, self.cache, every=True)])
+        return self.decoder(torch.cat([fresh, drafted]), self.cache, every=True)
 
     def rewind(self, length: int) -> None:
         self.cache.filled = length
