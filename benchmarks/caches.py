@@ -1,6 +1,6 @@
 """Cache policies: perplexity, recall of a fact and tokens per second, against the bytes their caches hold.
 
-    python benchmarks/caches.py            # writes results/caches.csv, about half an hour
+    python benchmarks/caches.py            # writes results/caches.csv
     python benchmarks/caches.py --quick    # the same with one budget and few texts, some minutes
 
 All contenders read the same texts in pieces of PIECE tokens, so that none sees a text whole but the full cache. Rows

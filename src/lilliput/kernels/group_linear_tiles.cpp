@@ -9,7 +9,6 @@ using namespace lilliput;
 
 constexpr int kMaxTokens = kWidth == 16 ? 5 : kWidth == 8 ? 2 : 1;  // whose sums the registers hold beside two blocks'
 constexpr int kMaxBlocks = kWidth == 16 ? 2 : 1;
-constexpr int64_t kAheadBytes = 2048;   // that one token's codes are fetched ahead
 constexpr int64_t kPanelTokens = 32;  // from which on codes are spread out once for all tokens
 
 // --- activations -------------------------------------------------------------------------------------------------
@@ -122,7 +121,6 @@ void tile(const PackedMatrix& matrix, Source source, int64_t block, const Piece*
     Floats parts[Tokens][kCount] = {};
     float inputs[Tokens] = {};
     for (int64_t p = 0; p < per_group; ++p, ++pieces, chunk += Layout * kVectorBytes) {
-      for (int i = 0; i < (Tokens == 1 ? Layout : 0); ++i) __builtin_prefetch(chunk + kAheadBytes + i * kVectorBytes);
       Ints dots[Tokens][kCount];
       for (int t = 0; t < Tokens; ++t) {
         for (int v = 0; v < kCount; ++v) dots[t][v] = splat(pieces[t * stride].minus_sum) << (Bits - 1);
