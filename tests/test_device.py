@@ -154,9 +154,10 @@ def test_wrong_facts_are_refused(change):
 def test_any_value_of_any_fact_is_taken_or_refused_politely(value):
     for fact in FACTS:
         try:
-            Device.from_dict(FACTS | {fact: value})
+            taken = Device.from_dict(FACTS | {fact: value})
         except UserError:
             continue
+        assert getattr(taken, fact) == (tuple(value) if fact == "isa" else value)
 
 
 # --- this machine ----------------------------------------------------------------------------------------------
