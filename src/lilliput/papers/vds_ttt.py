@@ -79,7 +79,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     Holds when the accuracy of VDS-TTT over the stream, mean of three or more random orders, is above that of each of
     RIVALS by more than two standard errors over queries. `full` asks more queries in five orders.
     """
-    effort = Effort(512, 5, 192) if full else Effort(192, 3)
+    effort = Effort(512, 5, 192) if full else Effort(96, 2)
     task = Letters(nets.load_tokenizer())
     pool, kept = held_out(words("training", EASY))
     model = taught(task, pool, STEPS, seed)
