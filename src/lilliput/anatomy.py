@@ -100,6 +100,23 @@ def convolutions(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if type(module) is nn.Conv2d and name]
 
 
+def shape_keeping_blocks(model: nn.Module) -> list[str]:
+    """Names of the blocks of a convolutional net that give back the shape they take, as residual ones do: the innermost
+    members of an nn.Sequential with two or more convolutions, none of which changes the resolution."""
+    lists = [(name, module) for name, module in model.named_modules() if type(module) is nn.Sequential]
+    members = [(f"{name}.{key}".lstrip("."), child) for name, module in lists for key, child in module.named_children()]
+    found = [name for name, child in members if _keeps_shape(child)]
+    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+
+
+def _keeps_shape(block: nn.Module) -> bool:
+    convs = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+    if len(convs) < 2 or convs[0].in_channels != convs[-1].out_channels:
+        return False
+    axes = [axis for c in convs for axis in zip(c.kernel_size, c.stride, c.padding, c.dilation)]
+    return all(stride == 1 and padding == dilation * (kernel - 1) / 2 for kernel, stride, padding, dilation in axes)
+
+
 def needs_blocks(model: nn.Module, method_name: str) -> Anatomy:
     """The anatomy of a model with transformer blocks. Raises UserError with what else applies."""
     found = anatomy(model)

@@ -131,6 +131,16 @@ def test_the_first_seed_meets_the_budget_and_random_search_does_not_beat_it(shar
     assert violation(budget, predictor.costs(best)) > 0 or predictor.damage(first) <= predictor.damage(best)
 
 
+@pytest.mark.parametrize("size", [150, 250, 400, 600])
+def test_nothing_of_the_budget_is_left_that_would_save_damage(size):
+    predictor, budget = Predictor(Toy()), Budget(f"size<={size}B")
+    first = lagrangian_seeds(predictor, budget, 0.0)[0]
+    for unit, choice in enumerate(first):
+        for less in range(choice):
+            better = (*first[:unit], less, *first[unit + 1 :])
+            assert violation(budget, predictor.costs(better)) > 0
+
+
 def test_searching_from_the_seeds_is_never_worse_than_them():
     predictor, budget = Predictor(Toy()), Budget("size<=250B")
     first = lagrangian_seeds(predictor, budget, 0.0)[0]

@@ -1,4 +1,4 @@
-"""The space of a feed-forward net: channels per coupled group, ranks and 8 bits per layer, all joint.
+"""The space of a feed-forward net: whole blocks, channels per coupled group, ranks and 8 bits per layer, all joint.
 
 Latency is linear in what a genome leaves (operations and layers by precision and by being factored), with coefficients
 learnt from genomes that are really built and timed on the serving runtime: the uniform ones, random ones, and later the
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lilliput.anatomy import convolutions, linears
+from lilliput.anatomy import anatomy, convolutions, linears
 from lilliput.cache import folder, write_atomically
 from lilliput.device import Device
 from lilliput.errors import UserError
@@ -28,13 +28,15 @@ from lilliput.fitting.quick import quick_model, quick_products, reestimate_norms
 from lilliput.fitting.recover import all_cores, parts_around_recovery
 from lilliput.fitting.sensitivity import fingerprint, read_known
 from lilliput.fitting.space import Genome, Option, Space, Unit
-from lilliput.graph import coupled_channels, kept_count
+from lilliput.graph import Group, coupled_channels, kept_count
 from lilliput.measuring import compare_copies
 from lilliput.method import Method
 from lilliput.methods.factorize.tucker import Tucker
 from lilliput.methods.prune.channels import Channels
+from lilliput.methods.prune.depth import Depth, removable_blocks, to_identities_
 from lilliput.methods.quantize.int8_static import Int8Static
 from lilliput.metrics import roofline
+from lilliput.plan import Plan, Step
 from lilliput.runtimes import Runtime
 from lilliput.workload import Batch, Workload
 
@@ -59,6 +61,7 @@ FEATURES = (
 BITS = (1.0, 1.0, 0.0, 1.0, 0.5)  # share of the layers in 8 bits, in turn: mostly all, as in good settings
 NORM_BATCHES = 1  # of calibration data for the statistics of batch norms
 TYPICAL = 0.25  # share of the channels of other units that are gone while a unit's are judged
+HARMLESS = 0.01  # nats of int8 in all layers together
 PROBES = 16  # genomes that teach the latency
 
 
@@ -66,6 +69,7 @@ PROBES = 16  # genomes that teach the latency
 class _Layer:
     """One convolution or linear layer: cost of the original and the units that decide over it (-1 for none)."""
 
+    name: str
     ops: float
     weights: int
     activations: float  # bytes read and written
@@ -88,6 +92,32 @@ class FeedforwardSpace(Space):
     judge: Judge | None = None  # on a little calibration data
     threads: int = 1
 
+    def dropped(self, genome: Genome) -> list[str]:
+        """Names of the blocks that go as a whole."""
+        return [u.targets[0] for u, choice in zip(self.units, genome) if choice and u.part == "block"]
+
+    def effective(self, genome: Genome) -> Genome:
+        """The genome without choices for layers that all are in blocks that go."""
+        gone = self.dropped(genome)
+        if not gone:
+            return genome
+        return tuple(0 if _inside(unit.targets, gone) else choice for unit, choice in zip(self.units, genome))
+
+    def plan(self, genome: Genome) -> Plan:
+        """As for any space; layers in blocks that go are named by no later step."""
+        gone, steps = self.dropped(genome), super().plan(self.effective(genome)).steps
+        if not gone:
+            return Plan(steps)
+        return Plan(
+            [
+                Step(s.method, {name: own for name, own in (s.layers or {}).items() if not _inside([name], gone)})
+                for s in steps
+            ]
+        )
+
+    def predicted_damage(self, genome: Genome) -> dict[str, float]:
+        return super().predicted_damage(self.effective(genome))
+
     def left(self, unit: int, genome: Genome | Mapping[int, int]) -> float:
         """Share of a unit's channels that stay."""
         method = self.units[unit].options[genome[unit]].method if unit >= 0 else None
@@ -97,8 +127,10 @@ class FeedforwardSpace(Space):
 
     def rows(self, genome: Genome) -> list[tuple[bool, float, float, int, float]]:
         """(int8?, operations, weights, how many layers, bytes of activations) of what becomes of each layer."""
-        found = []
+        found, gone = [], self.dropped(genome)
         for layer in self.layers:
+            if gone and _inside([layer.name], gone):
+                continue
             outputs, inputs = self.left(layer.out_unit, genome), self.left(layer.in_unit, genome)
             share, moved = outputs * inputs, layer.activations * (outputs + inputs) / 2
             rank = self.units[layer.rank_unit].options[genome[layer.rank_unit]].method if layer.rank_unit >= 0 else None
@@ -140,6 +172,8 @@ class FeedforwardSpace(Space):
     def key(self, unit: int, option: int) -> str:
         """What an option does to a unit; two that keep as many channels do the same."""
         method = self.units[unit].options[option].method
+        if self.units[unit].part == "block":
+            return f"{self.units[unit].name}, others {TYPICAL:.1%} less: {'gone' if option else 'there'}"
         if self.units[unit].part != "channels":
             return f"{self.units[unit].name}, new norms: {method!r}"
         left = round(self.widths[unit] * self.left(unit, {unit: option}))
@@ -185,7 +219,7 @@ def feedforward_space(
     space = FeedforwardSpace([], rivals=UNIFORM)
     space.threads, space.workload = threads, workload
     space.judge = Judge(dataclasses.replace(workload, calibration=workload.calibration[:1]), "calibration")
-    groups = _add_channel_units(space, workload) if "prune" in families else {}
+    groups = _add_prune_units(space, workload) if "prune" in families else {}
     _add_layer_units(space, workload, families, groups)
     if not space.units:
         raise UserError(f"the families {', '.join(families)} change nothing in this model; name others")
@@ -201,11 +235,36 @@ def feedforward_space(
     return space
 
 
-def _add_channel_units(space: FeedforwardSpace, workload: Workload) -> dict[tuple[str, str], int]:
-    """One unit per prunable group; returns (module, side) -> unit."""
+def _inside(names: Sequence[str], blocks: Sequence[str]) -> bool:
+    """Whether all the modules are within one of the blocks each."""
+    return all(any(name.startswith(f"{block}.") for block in blocks) for name in names)
+
+
+def _add_prune_units(space: FeedforwardSpace, workload: Workload) -> dict[tuple[str, str], int]:
+    """One unit per block that can go and per prunable group; returns (module, side) -> unit of channels."""
+    groups = coupled_channels(workload.model, workload.example, workload.forward)
+    blocks = [name for name in removable_blocks(workload.model) if _leaves_groups(workload, name, groups)]
+    blocks = blocks[1:] if anatomy(workload.model).blocks else blocks  # a transformer keeps one
+    gone = Option("no block", Depth(blocks=len(blocks)))
+    space.units += [Unit(f"{name} block", (name,), (Option("the block"), gone), None, "block") for name in blocks]
+    return _add_channel_units(space, workload, groups)
+
+
+def _leaves_groups(workload: Workload, block: str, groups: Sequence[Group]) -> bool:
+    """Whether the net without the block has the same groups of channels, but for the block's own: then a shortcut goes
+    around it, and channels can be cut with and without it alike."""
+    smaller = to_identities_(copy.deepcopy(workload.model), [block])
+    left = coupled_channels(smaller, workload.example, workload.forward)
+    outside = [frozenset(side for side in group.layers if not _inside([side[0]], [block])) for group in groups]
+    return {frozenset(group.layers) for group in left} == {sides for sides in outside if sides}
+
+
+def _add_channel_units(
+    space: FeedforwardSpace, workload: Workload, groups: Sequence[Group]
+) -> dict[tuple[str, str], int]:
     can = set(Channels().targets(workload.model))
     sides: dict[tuple[str, str], int] = {}
-    for group in coupled_channels(workload.model, workload.example, workload.forward):
+    for group in groups:
         targets = tuple(name for name in group.producers() if name in can)
         unit = ROUND_TO if group.channels >= 2 * ROUND_TO else ROUND_TO // 2
         if not (group.prunable and targets and group.channels >= 2 * unit):
@@ -238,7 +297,9 @@ def _add_layer_units(space: FeedforwardSpace, workload: Workload, families: Sequ
         if out_unit == in_unit:  # depthwise: one width, counted once
             in_unit = -1
         cost = costs[name]
-        space.layers.append(_Layer(float(cost.ops), count, float(cost.activation_bytes), int8, rank, out_unit, in_unit))
+        space.layers.append(
+            _Layer(name, float(cost.ops), count, float(cost.activation_bytes), int8, rank, out_unit, in_unit)
+        )
 
 
 def _targets(method: Method, model: nn.Module, families: Sequence[str]) -> list[str]:
@@ -250,27 +311,41 @@ def _inputs(workload: Workload) -> list[torch.Tensor]:
 
 
 def _damages(workload: Workload, space: FeedforwardSpace, progress: Callable[[str], None]) -> list[np.ndarray]:
-    """Each option judged on the calibration data, channels among others that are cut by `TYPICAL`: alone they seem
-    harmless that together are not. Kept in the cache by the model's hash."""
+    """Each option judged on the calibration data, channels and blocks among others that are cut by `TYPICAL`: alone
+    they seem harmless that together are not. Kept in the cache by the model's hash."""
     path = folder("sensitivity") / f"{fingerprint(workload.model, workload.calibration[:1])}.json"
     known = read_known(path)
     none, typical = (0,) * len(space.units), space.uniform({"channels": f"-{TYPICAL:.1%} channels"})
-    alone = space.judge_norms()
+    alone, each_int8 = space.judge_norms(), _harmless_int8(space, known)
     found = []
     for index, unit in enumerate(space.units):
+        if unit.part == "bits" and each_int8 is not None:
+            found.append(np.array([0.0, each_int8]))
+            continue
         progress(f"judging {unit.name}")
-        channels = unit.part == "channels"
+        structural = unit.part in ("channels", "block")
         damages = []
-        for option in range(0 if channels else 1, len(unit.options)):
+        for option in range(0 if structural else 1, len(unit.options)):
             key = space.key(index, option)
             if key not in known:
-                context = typical if channels else none
+                context = typical if structural else none
                 known[key] = space.tried(tuple(option if i == index else c for i, c in enumerate(context)))[1]
             damages.append(known[key])
-        floor = damages.pop(0) if channels else alone * (unit.part == "rank")
+        floor = damages.pop(0) if structural else alone * (unit.part == "rank")
         found.append(np.maximum.accumulate([0.0, *(damage - floor for damage in damages)]))
     write_atomically(path, json.dumps(known).encode())
     return found
+
+
+def _harmless_int8(space: FeedforwardSpace, known: dict[str, float]) -> float | None:
+    """Each layer's share of the damage of int8 everywhere, when that is too little to judge layers one by one."""
+    genome = space.uniform({"bits": "int8"})
+    if not any(genome):
+        return None
+    if "int8 everywhere" not in known:
+        known["int8 everywhere"] = space.tried(genome)[1]
+    together = known["int8 everywhere"]
+    return together / sum(genome) if together < HARMLESS else None
 
 
 def _probed(
@@ -282,7 +357,12 @@ def _probed(
     genomes = [(0,) * len(space.units), *(space.uniform(wanted) for wanted in space.rivals.values())]
     while len(genomes) < PROBES:
         density = generator.uniform(0.1, 0.9, 3)
-        share = {"channels": density[0], "rank": density[1] / 3, "bits": BITS[len(genomes) % len(BITS)]}
+        share = {
+            "channels": density[0],
+            "rank": density[1] / 3,
+            "block": density[2] / 3,
+            "bits": BITS[len(genomes) % len(BITS)],
+        }
         take = [generator.random() < share[u.part] for u in space.units]
         genomes.append(tuple(int(generator.integers(1, len(u.options))) if t else 0 for u, t in zip(space.units, take)))
     times, reference = {}, runtime.prepare(workload.model, light, threads)

@@ -32,11 +32,19 @@ def bytes_by_part(
         else:
             parent, _, index = name.rpartition(".")
             moved = f"{parent}.{int(index) - shift}" if index.isdigit() and shift else name
-            row["after_bytes"] = weight_bytes(after.get_submodule(moved))
+            row["after_bytes"] = _bytes_at(after, moved)
         if times and name in times[0]:
             row |= {"before_ms": times[0][name], "after_ms": times[1].get(name, 0.0)}
         rows.append(row)
     return rows
+
+
+def _bytes_at(model: nn.Module, name: str) -> int:
+    """Bytes of the weights of a part; none of one that is in a block that became an identity."""
+    try:
+        return weight_bytes(model.get_submodule(name))
+    except AttributeError:
+        return 0
 
 
 def _leaf(module: nn.Module) -> bool:

@@ -80,7 +80,7 @@ def ranked(predictor: Predictor, budget: Budget, margin: float, genomes: list[Ge
 def lagrangian_seeds(predictor: Predictor, budget: Budget, margin: float, steps: int = 9) -> list[Genome]:
     """Optima of damage + price x cost, on the way of a bisection to the lowest price that meets the budget.
 
-    The one that meets it at the lowest price comes first, when there is one.
+    The one that meets it at the lowest price comes first, when there is one, with what it leaves of the budget spent.
     """
     space = predictor.space
     limits = {k: v for k, v in budget.limits.items() if k in predictor.costs((0,) * len(space.units))}
@@ -100,4 +100,10 @@ def lagrangian_seeds(predictor: Predictor, budget: Budget, margin: float, steps:
         low, high = (low, price) if feasible else (price, high)
         met = genome if feasible else met
         found.append(genome)
-    return list(dict.fromkeys([met, *found] if met else found))
+    if met is None:
+        return list(dict.fromkeys(found))
+
+    def within(candidate: Genome) -> float:
+        return predictor.damage(candidate) + PENALTY * violation(budget, predictor.costs(candidate), margin)
+
+    return list(dict.fromkeys([greedy(space.sizes, within, met), met, *found]))

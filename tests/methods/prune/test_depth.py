@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -140,6 +141,46 @@ def test_bert_and_hf_vit_run_after_the_cut():
         reference = skip_(copy.deepcopy(model), [f"{path}.0", f"{path}.3"])
         with torch.no_grad():
             torch.testing.assert_close(small(x).logits, reference(x).logits, atol=1e-5, rtol=1e-5)
+
+
+def pictures(model, n=16):
+    torch.manual_seed(1)
+    data = [{"input": torch.randn(n, 1, 28, 28), "label": torch.zeros(n, dtype=torch.long)}]
+    return Workload.classifier(model, data, data, data)
+
+
+@pytest.mark.parametrize(
+    ("net", "keeping"),
+    [
+        (partial(nets.resnet, width=8, depth=14), [0, 1, 3, 5]),
+        (partial(nets.bottleneck_resnet, width=8, depth=20), [1, 3, 5]),
+        (partial(nets.mobilenet, width=8), [0, 2, 4, 5, 7, 8]),
+    ],
+)
+def test_convolutional_blocks_that_keep_the_shape_can_go(net, keeping):
+    torch.manual_seed(0)
+    model = net().eval()
+    names = [f"blocks.{i}" for i in keeping]
+    assert list(Depth().targets(model)) == names
+    reference = copy.deepcopy(model)
+    for name in names[1:]:
+        reference.set_submodule(name, nn.Identity())
+    work = pictures(model)
+    x = work.example["input"]
+    assert torch.equal(Depth().apply(model, layers=names[1:])(x), reference(x))
+    without = Depth(blocks=len(names)).apply(model, work)
+    assert [i for i, block in enumerate(without.blocks) if type(block) is nn.Identity] == keeping
+
+
+def test_the_convolutional_block_that_changes_least_goes_first():
+    torch.manual_seed(0)
+    model = nets.mobilenet(width=8).eval()
+    with torch.no_grad():
+        model.blocks[5].project[1].weight.mul_(1e-4)
+        model.blocks[5].project[1].bias.mul_(1e-4)
+    scores = block_influences(model, pictures(model))
+    assert scores["blocks.5"] < 1e-4 < min(value for name, value in scores.items() if name != "blocks.5")
+    assert type(Depth(blocks=1).apply(model, pictures(model)).blocks[5]) is nn.Identity
 
 
 def test_bad_input(tiny_cnn, tiny_llama, llama_work):

@@ -1,8 +1,10 @@
-"""Depth: remove whole transformer blocks, those that change the residual stream least first.
+"""Depth: remove whole blocks, those that change the residual stream least first.
 
 Paper: ShortGPT: Layers in Large Language Models are More Redundant Than You Expect (Men et al., 2024, arXiv 2403.03853)
 
     influence_i = 1 - E[ cos(x_i, x_{i+1}) ]        (x_i enters block i, the mean is over tokens)
+
+In a convolutional net the blocks are those that give back the shape they take; places of the picture are its tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilliput.anatomy import Anatomy, anatomy, needs_blocks
+from lilliput.anatomy import Anatomy, anatomy, needs_blocks, shape_keeping_blocks
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
 from lilliput.method import FLOAT_WEIGHTS, LAYER_SHAPES, OUTPUT_SHAPE, PACKED_WEIGHTS, UNLABELLED, Facts, Method, knob
@@ -27,15 +29,21 @@ def influence(before: Tensor, after: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(before.float(), after.float(), dim=-1).mean()
 
 
+def removable_blocks(model: nn.Module) -> list[str]:
+    """Names of the transformer blocks, else of the convolutional ones that give back the shape they take."""
+    return [b.name for b in anatomy(model).blocks] or shape_keeping_blocks(model)
+
+
 def block_influences(model: nn.Module, workload: Workload) -> dict[str, float]:
     """Block name -> its influence on the residual stream, averaged over the calibration batches."""
-    names = [b.name for b in anatomy(model).blocks]
+    names = removable_blocks(model)
     sums = dict.fromkeys(names, 0.0)
 
     def hook(name: str):
         def see(_: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            sums[name] += float(influence(before, out[0] if isinstance(out, tuple) else out))
+            before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
+            states = (x.movedim(1, -1) if x.ndim == 4 else x for x in (before, after))
+            sums[name] += float(influence(*states))
 
         return see
 
@@ -64,21 +72,24 @@ class Depth(Method):
     )
 
     def targets(self, model: nn.Module) -> Iterator[str]:
-        """Names of the blocks. Raises UserError for a model without transformer blocks."""
-        yield from (b.name for b in needs_blocks(model, self.name()).blocks)
+        """Names of the blocks. Raises UserError for a model without any."""
+        yield from removable_blocks(model) or (b.name for b in needs_blocks(model, self.name()).blocks)
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
-        found = needs_blocks(model, self.name())
-        names = [b.name for b in found.blocks]
+        names = list(self.targets(model))
         doomed = list(layers) if len(layers) < len(names) else self._weakest(model, workload, names, layers)
-        drop_blocks_(model, found, doomed)
+        found = anatomy(model)
+        if found.blocks:
+            drop_blocks_(model, found, doomed)
+        else:
+            to_identities_(model, doomed)
         return model
 
     def _weakest(
         self, model: nn.Module, workload: Workload | None, names: list[str], layers: Mapping[str, Self]
     ) -> list[str]:
         count = next(iter(layers.values())).blocks
-        if count >= len(names):
+        if count >= len(names) and anatomy(model).blocks:
             raise UserError(f"blocks is {count}, but the model has {len(names)}; give at most {len(names) - 1}")
         if count == 0:
             return []
@@ -99,9 +110,7 @@ def drop_blocks_(model: nn.Module, found: Anatomy, doomed: list[str]) -> None:
     if not stays:
         raise UserError(f"all {before} blocks would go; keep at least one")
     if isinstance(blocks, nn.Sequential):
-        for block in found.blocks:
-            if block.name in doomed:
-                blocks[block.index] = nn.Identity()
+        to_identities_(model, doomed)
         return
     gone = {b.index for b in found.blocks if b.name in doomed}
     kept = [i for i in range(before) if i not in gone]
@@ -113,6 +122,13 @@ def drop_blocks_(model: nn.Module, found: Anatomy, doomed: list[str]) -> None:
                 module.layer_idx = i
     for config in _configs(model):
         _shorten_(config, before, kept)
+
+
+def to_identities_(model: nn.Module, doomed: list[str]) -> nn.Module:
+    """Make each named block hand on what it gets."""
+    for name in doomed:
+        model.set_submodule(name, nn.Identity())
+    return model
 
 
 def _configs(model: nn.Module) -> list[Any]:
