@@ -126,27 +126,28 @@ def test_predicted_latency_uses_the_working_set_of_all_layers():
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "named"),
     [
-        {"cores": 0},
-        {"cores": "four"},
-        {"memory_bytes": math.nan},
-        {"idle_w": -1},
-        {"disk_read_mbps": 0},
-        {"caches_bytes": {"L4": 5}},
-        {"caches_bytes": []},
-        {"bandwidth_gbps": {"L2": (1, 2)}},
-        {"bandwidth_gbps": {"memory": (1,)}},
-        {"bandwidth_gbps": {"memory": (0, 1)}},
-        {"peak_gops": {"int8": 1}},
-        {"peak_gops": {"fp32": math.inf}},
-        {"peak_gops": {"fp32": 1, "fp3": 1}},
-        {"isa": 5},
-        {"speed": 1},
+        ({"cores": 0}, "cores is 0"),
+        ({"cores": "four"}, "cores is 'four'"),
+        ({"memory_bytes": math.nan}, "memory_bytes is nan"),
+        ({"idle_w": -1}, "idle_w is -1"),
+        ({"idle_w": None}, "idle_w is None"),
+        ({"disk_read_mbps": 0}, "disk_read_mbps is 0"),
+        ({"caches_bytes": {"L4": 5}}, "level 'L4'"),
+        ({"caches_bytes": []}, r"caches_bytes is \[\], not a table"),
+        ({"bandwidth_gbps": {"L2": (1, 2)}}, "bandwidth_gbps.memory"),
+        ({"bandwidth_gbps": {"memory": (1,)}}, r"bandwidth_gbps.memory is \(1,\), not two numbers"),
+        ({"bandwidth_gbps": {"memory": (0, 1)}}, "bandwidth_gbps.memory is 0"),
+        ({"peak_gops": {"int8": 1}}, "peak_gops.fp32"),
+        ({"peak_gops": {"fp32": math.inf}}, "peak_gops.fp32 is inf"),
+        ({"peak_gops": {"fp32": 1, "fp3": 1}}, "type 'fp3'"),
+        ({"isa": 5}, "isa is 5, not a list of names"),
+        ({"speed": 1}, "'speed'"),
     ],
 )
-def test_wrong_facts_are_refused(change):
-    with pytest.raises(UserError):
+def test_wrong_facts_are_named(change, named):
+    with pytest.raises(UserError, match=named):
         Device.from_dict(FACTS | change)
 
 

@@ -100,9 +100,10 @@ class Device:
         if missing or unknown:
             raise UserError(f"the facts of a device lack {missing} and hold the unknown {unknown}")
         try:
+            _check_kinds(facts)
             device = cls(**facts | {"isa": tuple(facts["isa"]), "bandwidth_gbps": _pairs(facts["bandwidth_gbps"])})
             _check(device)
-        except (TypeError, ValueError, AttributeError) as error:
+        except ValueError as error:
             raise UserError(f"the facts of the device {facts.get('name')!r} are wrong: {error}") from None
         return device
 
@@ -157,8 +158,22 @@ class Device:
         return self.cores if threads is None else min(threads, self.cores)
 
 
+def _check_kinds(facts: dict[str, Any]) -> None:
+    kinds = dict.fromkeys(("caches_bytes", "bandwidth_gbps", "peak_gops", "source"), (dict, "table"))
+    for fact, (kind, what) in (kinds | {"isa": ((list, tuple), "list of names"), "name": (str, "string")}).items():
+        if not isinstance(facts[fact], kind):
+            raise ValueError(f"{fact} is {facts[fact]!r}, not a {what}")
+
+
 def _pairs(rates: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    for level, pair in rates.items():
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(_is_number(rate) for rate in pair)):
+            raise ValueError(f"bandwidth_gbps.{level} is {pair!r}, not two numbers: of one core and of all")
     return {level: (float(one), float(every)) for level, (one, every) in rates.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check(device: Device) -> None:
@@ -169,16 +184,15 @@ def _check(device: Device) -> None:
     if device.disk_read_mbps is not None:
         positive["disk_read_mbps"] = device.disk_read_mbps
     for figure, value in positive.items():
-        if isinstance(value, bool) or not 0 < value < math.inf:
+        if not (_is_number(value) and 0 < value < math.inf):
             raise ValueError(f"{figure} is {value!r}, not a positive number")
     for figure in ("idle_w", "energy_per_byte_j", "energy_per_op_j"):
-        if not 0 <= getattr(device, figure) < math.inf:
-            raise ValueError(f"{figure} is {getattr(device, figure)!r}, not a number from zero up")
+        value = getattr(device, figure)
+        if not (_is_number(value) and 0 <= value < math.inf):
+            raise ValueError(f"{figure} is {value!r}, not a number from zero up")
     if "memory" not in device.bandwidth_gbps or "fp32" not in device.peak_gops:
         raise ValueError("bandwidth_gbps.memory and peak_gops.fp32 are needed")
     for level in (set(device.caches_bytes) | set(device.bandwidth_gbps)) - set(LEVELS):
         raise ValueError(f"level {level!r} is unknown; the levels are {', '.join(LEVELS)}")
     for dtype in set(device.peak_gops) - set(DTYPES):
         raise ValueError(f"type {dtype!r} is unknown; the types are {', '.join(DTYPES)}")
-    if not isinstance(device.name, str) or not isinstance(device.source, dict):
-        raise ValueError("the name must be a string and the source a table")

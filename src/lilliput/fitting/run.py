@@ -19,7 +19,7 @@ from lilliput.fitting.aim import aim
 from lilliput.fitting.build import Bench, key_of
 from lilliput.fitting.judge import Judge
 from lilliput.fitting.outcome import outcome
-from lilliput.fitting.predict import Predictor, Sample
+from lilliput.fitting.predict import Predictor, Sample, violation
 from lilliput.fitting.progress import Progress
 from lilliput.fitting.record import Run, fresh_folder, summary
 from lilliput.fitting.recover import all_cores, recover
@@ -182,9 +182,11 @@ class Job:
 
     def _aimed(self, round_: int) -> list[Genome]:
         """What a search finds. Where candidates are healed the best are timed and judged unhealed first, and the search
-        goes on with that until its best is one that is known: what was timed competes, uniform settings included."""
+        goes on with that until its best is one that is known: what was timed competes, uniform settings included. After
+        a miss it aims as much lower, because an optimum of predictions gains from their errors."""
+        margin = SAFETY
         for attempt in range(TRIES):
-            found = self._unbuilt(self._search(round_, attempt))
+            found = self._unbuilt(self._search(round_, attempt, margin))
             if not self.bench.heal_steps or not found:
                 return found
             if found[0] in self.timed or self._left() <= 0:
@@ -193,14 +195,15 @@ class Job:
             with all_cores():
                 model, damage = self.space.tried(found[0])
             self.timed[found[0]] = self.bench.speed(model)[0] | {"damage": damage}
+            margin = SAFETY + min(violation(self.budget, self.timed[found[0]], SAFETY), SAFETY)
             self.learn()
-        return ranked(self.predictor, self.budget, SAFETY, self._unbuilt(list(self.timed)))
+        return ranked(self.predictor, self.budget, SAFETY / 2, self._unbuilt(list(self.timed)))  # no guesses any more
 
     def _unbuilt(self, genomes: list[Genome]) -> list[Genome]:
         built = [[0] * len(self.space.units), *(c["genome"] for c in self.run.candidates())]
         return [g for g in genomes if list(g) not in built]
 
-    def _search(self, round_: int, attempt: int = 0) -> list[Genome]:
+    def _search(self, round_: int, attempt: int, margin: float) -> list[Genome]:
         self.progress.step("searching")
         rounds = 4 * (TRIES if self.bench.heal_steps else 1)
         seconds = max(1.0, min(40.0, self._left() / rounds))
@@ -212,7 +215,7 @@ class Job:
             trials=self.options.trials,
             seconds=seconds,
             seed=self.options.seed + round_,
-            margin=SAFETY,
+            margin=margin,
             storage=self.options.storage or self.run.folder / "search.db",
             name=f"round-{round_ + 1}.{attempt + 1}",
             start=start,
