@@ -1,26 +1,39 @@
 """Recovery fits the time, and its plan gives the same model again."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from lilliput.fitting.recover import TIMED_STEPS, recover, recovering
+from lilliput.fitting.recover import HARD, TIMED_STEPS, recover, recovering
 from lilliput.methods.distill.logits import Logits
 from lilliput.methods.prune.channels import Channels
 from lilliput.methods.quantize.int8_static import Int8Static
 from lilliput.plan import Plan, Step
 
 
-def test_distillation_stands_before_quantization():
-    plan = recovering(Plan([Step(Channels(ratio=0.5)), Step(Int8Static())]), steps=7)
+def test_distillation_stands_before_quantization(cnn_work):
+    plan = recovering(Plan([Step(Channels(ratio=0.5)), Step(Int8Static())]), cnn_work, steps=7)
     assert plan is not None
     assert [s.method.name() for s in plan.steps] == ["prune.channels", "distill.logits", "quantize.int8_static"]
-    again = recovering(plan, steps=9)
+    again = recovering(plan, cnn_work, steps=9)
     assert again is not None
     assert [s.method.steps for s in again.steps if isinstance(s.method, Logits)] == [9]
 
 
+def test_labels_teach_where_there_are_some(cnn_work):
+    def share(work):
+        plan = recovering(Plan([Step(Channels(ratio=0.5))]), work, steps=7)
+        return [s.method.hard for s in plan.steps if isinstance(s.method, Logits)]
+
+    bare = [{"input": batch["input"]} for batch in cnn_work.training]
+    assert share(cnn_work) == [HARD]
+    assert share(dataclasses.replace(cnn_work, training=bare)) == [0]
+    assert share(dataclasses.replace(cnn_work, training=None)) == [0]
+
+
 def test_what_changes_no_structure_needs_no_recovery(cnn_work):
-    assert recovering(Plan([Step(Int8Static())]), steps=7) is None
+    assert recovering(Plan([Step(Int8Static())]), cnn_work, steps=7) is None
     assert recover(cnn_work, Plan([Step(Int8Static())]), 60) is None
 
 

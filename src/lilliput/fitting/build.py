@@ -91,7 +91,7 @@ class Bench:
         predicted: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """Build, measure and score one plan; everything a record keeps of it."""
-        plan = recovering(plan, steps=self.heal_steps) or plan if self.heal_steps else plan
+        plan = recovering(plan, self.workload, steps=self.heal_steps) or plan if self.heal_steps else plan
         with all_cores():
             model = plan.apply(self.workload)
         measured = self.quantities(model, space, genome)
