@@ -19,7 +19,7 @@ from lilliput.workload import Workload
 
 HARD = 0.5  # share of the labels in the loss: on Fashion-MNIST worth 0.3 points
 LR = 2e-3
-TIMED_STEPS = (2, 10)  # the first ones are slower: products are prepared
+TIMED_STEPS = (4, 24)  # the first ones are slower: products are prepared
 SHORTEST_S = 20.0  # of recovery that is worth its preparation
 
 
