@@ -24,6 +24,7 @@ from torch import nn
 
 import lilliput as lp
 from lilliput import Plan, Step, Workload
+from lilliput.fitting.recover import all_cores
 from lilliput.measuring import compare_copies
 from lilliput.methods.distill.logits import Logits
 from lilliput.methods.prune.channels import Channels
@@ -127,14 +128,14 @@ class _Case:
 
     def build_rivals(self) -> None:
         """Uniform pruning and int8, and int8 alone, both trained as the fit was and as long."""
-        torch.set_num_threads(torch.multiprocessing.cpu_count())
         plan = Plan.from_yaml((self.folder / "fit" / "plan.yaml").read_text())
         learn = [Step(s.method) for s in plan.steps if isinstance(s.method, Logits)]
         pruned = Step(Channels(ratio=PRUNED[self.name], round_to=16))
         for folder, before in ((self.uniform, [pruned]), (self.trained, [])):
             if not folder.exists():
                 whole = Plan([*before, *learn, Step(Int8Static())])
-                lp.save(whole.apply(self.workload), folder, self.workload, whole)
+                with all_cores():
+                    lp.save(whole.apply(self.workload), folder, self.workload, whole)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every contender timed against NNCF's int8 and scored on the test pictures."""
