@@ -141,9 +141,12 @@ class _Case:
         """Every contender timed against NNCF's int8 and scored on the test pictures."""
         torch.set_num_threads(self.threads)
         models = {"float32": self.workload.model, "int8 (ours)": self.int8()}
-        models["int8 (ours), trained as long"] = lp.load(self.trained)
-        models[f"uniform -{PRUNED[self.name]:.1%} channels + int8"] = lp.load(self.uniform)
-        models[f"joint fit to {SHARES[self.name]:.0%} of int8"] = lp.load(self.folder / "fit" / "fitted")
+        built = {
+            "int8 (ours), trained as long": self.trained,
+            f"uniform -{PRUNED[self.name]:.1%} channels + int8": self.uniform,
+            f"joint fit to {SHARES[self.name]:.0%} of int8": self.folder / "fit" / "fitted",
+        }
+        models |= {label: lp.load(folder) for label, folder in built.items() if folder.exists()}
         peer = Nncf(self.workload, self.threads)
         before = self.workload.values(peer, "test")
         rows = [self._row("int8 (NNCF)", [peer], peer, before)]
