@@ -11,6 +11,7 @@ from torch import nn
 
 from lilliput.edits import build_module, describe, module_config, replay, set_module
 from lilliput.errors import UserError
+from lilliput.methods.layers._span_layers import ReusingAttention
 from lilliput.methods.quantize._packed import PackedLinear
 
 EVERY_KIND = [
@@ -211,6 +212,19 @@ def test_changes_are_replayed_together(changes, meta):
     x = torch.randn(5, 4)
     with torch.no_grad():
         assert torch.equal(rebuilt(new, old)(x), new(x))
+
+
+def test_layers_replaced_inside_a_module_that_is_built_anew_are_described():
+    """Its constructor makes plain layers; what later methods put in their place comes as edits of its children."""
+
+    attention = ReusingAttention(16, heads=2, kv_heads=2, head_dim=8, layer_idx=1, scaling=1.0)
+    old, new = nn.ModuleDict({"attention": nn.Identity()}), nn.ModuleDict({"attention": attention})
+    assert len(describe(new, old)) == 1
+    set_module(new, "attention.v_proj", PackedLinear(16, 16, 4, 8))
+    set_module(new, "attention.o_proj", nn.Sequential(nn.Linear(16, 3, bias=False), nn.Linear(3, 16, bias=False)))
+    rebuilt(new, old)
+    del new["attention"].v_proj
+    rebuilt(new, old)
 
 
 def test_replaced_modules_take_the_mode_of_their_owner():

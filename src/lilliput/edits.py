@@ -11,6 +11,7 @@ import importlib
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from torch import nn
 
 from lilliput.errors import UserError
@@ -116,6 +117,8 @@ def _compare(name: str, new: nn.Module, old: nn.Module, edits: list[Edit]) -> No
     ours, theirs = module_config(new), module_config(old)
     if ours is not None and ours != theirs:
         edits.append({"edit": "set", **_tree(name, new)})
+        if type(new) is not nn.Sequential and list(new.children()):
+            _compare(name, new, _built_anew(ours), edits)
         return
     if type(new) is not type(old):
         raise _unsavable(name, new)
@@ -141,6 +144,12 @@ def _compare(name: str, new: nn.Module, old: nn.Module, edits: list[Edit]) -> No
             for key, child in old._modules.items()
             if child is not None and new._modules.get(key) is None
         ]
+
+
+def _built_anew(described: Edit) -> nn.Module:
+    """What replaying a description gives: its children may differ from those that later methods put in their place."""
+    with torch.device("meta"):
+        return build_module(described["type"], described["config"])
 
 
 def _tree(name: str, module: nn.Module) -> Edit:

@@ -95,14 +95,20 @@ def refusals(model: nn.Module) -> list[str]:
         reasons.append(f"lean has rotary positions of the kinds {', '.join(POSITIONS)}, this model has {unknown[0]}")
     if dtype != torch.float32:
         reasons.append(f"lean computes in float32, this model is in {str(dtype).removeprefix('torch.')}")
-    if not all(hasattr(b.self_attn, "q_proj") and hasattr(b.mlp, "gate_proj") for b in whole.model.layers):
-        reasons.append("a block has no attention or no feed-forward part")
+    if not all(_whole(b) for b in whole.model.layers):
+        reasons.append("a block has no attention of its own or no feed-forward part")
     norms = (m for b in whole.model.layers for name, m in b.named_children() if "norm" in name)
     if any(hasattr(norm, "rebuild_config") for norm in norms):
         reasons.append("lean has no norm with a ReLU behind it")
     unlike = ("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention")
     reasons += [f"lean has no {name.replace('_', ' ')}" for name in unlike if getattr(config, name, None)]
     return reasons
+
+
+def _whole(layer: Any) -> bool:
+    """Whether a block has every layer that a decoder calls; one that reuses another's attention has not."""
+    attention = all(hasattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    return attention and hasattr(layer.mlp, "gate_proj")
 
 
 def _block(layer: Any, kind: str, config: Any) -> Block:
