@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import chisquare
 
+from lilliput.methods.decode import GatedLoraMtp, SpeculativeStreaming
 from lilliput.methods.decode._backends import Backend
 
 
@@ -47,6 +49,39 @@ def prompt():
 
     def make(length=9, seed=0):
         return torch.randint(3, 64, (1, length), generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture
+def counting_work(llama_work):
+    """A workload whose model counts in a circle of 64, which is easy to guess, with windows of such text."""
+    model, circle = llama_work.model, torch.arange(64).repeat(4)
+    windows = [{"input_ids": torch.stack([circle[s : s + 24] for s in range(0, 128, 4)])}]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model.requires_grad_(True)
+    for _ in range(150):
+        optimizer.zero_grad()
+        ids = windows[0]["input_ids"]
+        F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+    llama_work.training = windows
+    return llama_work
+
+
+@pytest.fixture
+def make_rows():
+    """`make_rows(kind, model, count, std)`: masks or streams whose adapters are random, so that drafts are too."""
+
+    def make(kind, model, count=3, std=0.5):
+        masks = GatedLoraMtp(masks=count, rank=4)
+        settings = masks if kind == "masks" else SpeculativeStreaming(streams=count, layers=1, rank=4)
+        part, draws = settings.new(model), torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in part.named_parameters():
+                if "up" in name or name.startswith("out"):
+                    parameter.copy_(std * torch.randn(parameter.shape, generator=draws))
+        return part
 
     return make
 
@@ -121,3 +156,23 @@ def p_value(counts, p):
 def likely():
     """`likely(counts, p)`: whether draws so far from p are no rarer than one in ten thousand."""
     return lambda counts, p: p_value(counts, p) > 1e-4
+
+
+@pytest.fixture
+def draws_are_likely(likely):
+    """`draws_are_likely(model, decoder, parts)`: three tokens drawn after a prompt, often, against their exact
+    probabilities by a model of four tokens. Of these the last two come from a pass with a draft, if that holds."""
+
+    def check(model, decoder, parts, draws=600):
+        prompt, counts = torch.tensor([[1, 2, 3]]), torch.zeros(4, 4, 4)
+        torch.manual_seed(0)
+        for _ in range(draws):
+            found = model.generate(prompt, custom_generate=decoder, do_sample=True, top_k=0, max_new_tokens=3, **parts)
+            counts[tuple(found[0, 3:].tolist())] += 1
+        pairs = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+        with torch.no_grad():
+            p = model(torch.cat([prompt.expand(16, -1), pairs], 1)).logits.double().softmax(-1).view(4, 4, 5, 4)
+        exact = p[0, 0, 2][:, None, None] * p[:, 0, 3][:, :, None] * p[:, :, 4]
+        return likely(counts, exact)
+
+    return check

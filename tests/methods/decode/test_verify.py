@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteri
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from lilliput.errors import UserError
-from lilliput.methods.decode import DraftModel, Medusa, Ngram, Tally
+from lilliput.methods.decode import DraftModel, GatedLoraMtp, Medusa, Ngram, SpeculativeStreaming, Tally
 from lilliput.methods.decode._draft import Draft
 from lilliput.methods.decode._verify import Drafter, Loop, speculate
 from lilliput.methods.decode.draft_model import _Small
@@ -106,7 +106,7 @@ def test_the_check_of_distributions_sees_a_small_change(make_table, likely):
 
 
 @pytest.fixture
-def decoders(model, make_llama):
+def decoders(model, make_llama, make_rows):
     """Name -> (decoder, what generate takes with it); heads and small models are random: drafts hold or they do not."""
     heads = MedusaHeads(3, 32)
     torch.nn.init.normal_(heads.weight, std=0.05)
@@ -118,10 +118,14 @@ def decoders(model, make_llama):
         "draft model lean": (DraftModel(sure=0.0, runtime="lean", draft_runtime="lean"), {"draft_model": small}),
         "draft itself": (DraftModel(tokens=6, sure=0.0, draft_runtime="lean"), {"draft_model": model}),
         "medusa": (Medusa(nodes=12), {"heads": heads}),
+        "masks": (GatedLoraMtp(), {"adapters": make_rows("masks", model)}),
+        "masks linear": (GatedLoraMtp(mode="linear"), {"adapters": make_rows("masks", model)}),
+        "streams": (SpeculativeStreaming(nodes=12, kept=4), {"streams": make_rows("streams", model)}),
     }
 
 
-EVERY = ("n-gram", "n-gram lean", "draft model", "draft model lean", "draft itself", "medusa")
+AHEAD = ("masks", "masks linear", "streams")
+EVERY = ("n-gram", "n-gram lean", "draft model", "draft model lean", "draft itself", "medusa", *AHEAD)
 OPTIONS = {
     "greedy": {"do_sample": False},
     "processors": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "min_new_tokens": 5},
@@ -196,7 +200,7 @@ def run_with(model, drafter, ids, tally, **options):
     return model.generate(ids, custom_generate=loop, **options)
 
 
-@pytest.mark.parametrize("name", ["n-gram", "n-gram lean", "medusa"])
+@pytest.mark.parametrize("name", ["n-gram", "n-gram lean", "medusa", *AHEAD])
 def test_chosen_drafts_leave_the_draws_of_a_seed_as_they_are(name, model, decoders, prompt):
     decoder, parts = decoders[name]
     options = {"max_new_tokens": 40, "do_sample": True, "temperature": 0.5, "top_k": 10, "top_p": 0.9}
@@ -273,6 +277,8 @@ def test_windows_of_attention_can_be_rewound(prompt):
             assert torch.equal(model.generate(prompt(length), custom_generate=decoder, **options), expected)
     with pytest.raises(UserError, match="sliding window"):
         model.generate(prompt(), custom_generate=Medusa(), heads=MedusaHeads(2, 32), **options)
+    with pytest.raises(UserError, match="sliding window"):
+        model.generate(prompt(), custom_generate=GatedLoraMtp(), adapters=GatedLoraMtp().new(model), **options)
 
 
 def test_other_architectures_are_decoded_too(prompt):

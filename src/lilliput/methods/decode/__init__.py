@@ -1,10 +1,12 @@
 """Several tokens a step, with the text that the model gives one token at a time.
 
-from lilliput.methods.decode import DraftModel, Medusa, Ngram
+from lilliput.methods.decode import DraftModel, GatedLoraMtp, Medusa, Ngram, SpeculativeStreaming
 
 model.generate(ids, custom_generate=Ngram())
 model.generate(ids, custom_generate=DraftModel(tokens=4), draft_model=small)
 model.generate(ids, custom_generate=Medusa(), heads=heads)  # heads = Medusa().train(workload)
+model.generate(ids, custom_generate=GatedLoraMtp(), adapters=adapters)  # trained like heads, and so are
+model.generate(ids, custom_generate=SpeculativeStreaming(), streams=streams)
 
 A drafter proposes tokens, the model checks all of them in one pass, and those that it would not have said are dropped.
 transformers hands no streamer to a loop of the user: bind it with `functools.partial(Ngram(), streamer=streamer)`, or

@@ -6,6 +6,7 @@ the decoder of `lilliput.kernels.decoder`, which reads chains.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ MASKED = ("sdpa", "eager")  # attentions of transformers that take a mask of (qu
 class Backend:
     """Reads tokens and forgets them."""
 
-    hidden: Tensor | None = None  # (1 + n, d): what the head read for the last logits, where that can be had
+    # (1 + n, d): what the head read for the last logits, or whatever else a drafter wants to know of each of them
+    hidden: Tensor | Sequence[Tensor | None] | None = None
 
     @property
     def filled(self) -> int:
@@ -77,20 +79,19 @@ class TorchBackend(Backend):
         self.hidden = x
 
     def _tree(self, fresh: int, draft: Draft) -> dict[str, Tensor]:
-        """Mask (1, 1, T, filled + T) and positions (1, T) of fresh tokens and a tree behind them."""
-        attention = self.model.config._attn_implementation
-        if attention not in MASKED or any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
-            raise UserError(
-                f"a tree of tokens needs full attention by {' or '.join(MASKED)}, this model has {attention} or a "
-                "sliding window; draft chains (decode.ngram, decode.draft_model)"
-            )
-        start, device, dtype = self.filled, self.model.device, self.model.dtype
+        seen, places = self.view(fresh, draft)
+        return {"attention_mask": additive(seen, self.model.dtype), "position_ids": places[None]}
+
+    def view(self, fresh: int, draft: Draft) -> tuple[Tensor, Tensor]:
+        """What T tokens, fresh ones and a tree behind them, see of themselves and the held ones (T, filled + T), and
+        their places in the text (T,). Raises UserError for attention that takes no mask."""
+        check_masked(self.model, self.cache)
+        start, device = self.filled, self.model.device
         size = start + fresh + len(draft.tokens)
         seen = torch.ones(size, size, dtype=torch.bool, device=device).tril()[start:]
         seen[fresh:, start + fresh :] = draft.lineage().to(device)
         places = [*range(start, start + fresh), *(start + fresh + depth for depth in draft.depths())]
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-        return {"attention_mask": mask[None, None], "position_ids": torch.tensor([places], device=device)}
+        return seen, torch.tensor(places, device=device)
 
     def gather(self, start: int, nodes: list[int]) -> None:
         places, end = [start + node for node in nodes], start + len(nodes)
@@ -131,6 +132,22 @@ class LeanBackend(Backend):
 def backend(runtime: str, model: Any, length: int, cache: Any = None, look: bool = False) -> Backend:
     """The back end called `runtime`, for texts of up to `length` tokens."""
     return LeanBackend(model, length) if runtime == "lean" else TorchBackend(model, cache, look)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask (1, 1, q, t) that attention adds to its scores, for rows that see columns (q, t)."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+def check_masked(model: Any, cache: Any) -> None:
+    """Raises UserError for a model whose attention cannot be told who sees whom."""
+    attention = model.config._attn_implementation
+    if attention not in MASKED or any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        raise UserError(
+            f"a tree of tokens needs full attention by {' or '.join(MASKED)}, this model has {attention} or a "
+            "sliding window; draft chains (decode.ngram, decode.draft_model)"
+        )
 
 
 def head_name(model: Any) -> str:

@@ -31,9 +31,13 @@ class Drafter:
 
     look = False  # whether it wants what the model's head reads
 
+    def engine(self, runtime: str, model: Any, length: int, cache: Any) -> Backend:
+        """What runs the model, for texts of up to `length` tokens; a drafter that rides along gives its own."""
+        return backend(runtime, model, length, cache, self.look)
+
     def propose(self, ids: Tensor, room: int, hidden: Tensor | None) -> Draft:
-        """Up to `room` levels of tokens after the text ids (T,); hidden (d,) is what the head read for its last token
-        but one, None before the first pass."""
+        """Up to `room` levels of tokens after the text ids (T,); `hidden` is what the back end keeps of its last token
+        but one, as a rule what the head read there (d,), None before the first pass."""
         raise NotImplementedError
 
 
@@ -58,7 +62,7 @@ def speculate(
     cache, length = options.get("past_key_values"), generation_config.max_length
     if runtime == "lean" and (cache.get_seq_length() or getattr(cache, "_is_user_defined", False)):
         raise UserError("lean keeps its own keys and values; give no past_key_values, or decode with runtime='torch'")
-    loop = Loop(backend(runtime, model, length, cache, drafter.look), drafter, logits_processor, stopping_criteria)
+    loop = Loop(drafter.engine(runtime, model, length, cache), drafter, logits_processor, stopping_criteria)
     loop.sample, loop.longest, loop.streamer = generation_config.do_sample, min(length, context_of(model)), streamer
     ids = loop.run(input_ids, tally or Tally())
     if streamer is not None:

@@ -20,26 +20,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating, watching
-from lilliput.method import OUTPUT_SHAPE, UNLABELLED, Decoder, Facts, knob
+from lilliput.hooks import watching
+from lilliput.method import OUTPUT_SHAPE, UNLABELLED, Facts, knob
 from lilliput.methods.decode import Tally
 from lilliput.methods.decode._backends import head_name
 from lilliput.methods.decode._draft import NOTHING, Draft
 from lilliput.methods.decode._verify import Drafter, speculate
-from lilliput.methods.distill.logits import batches_of, distillation_loss, only
-from lilliput.training import History, train
+from lilliput.methods.decode._trained import DECAY, LearnedDecoder, Part
+from lilliput.methods.distill.logits import distillation_loss
+from lilliput.training import History
 from lilliput.workload import Batch, Workload
 
-DECAY = 0.8  # of the loss from head to head, as in the paper
 
-
-class MedusaHeads(nn.Module):
+class MedusaHeads(Part):
     """(..., d) -> (k, ..., d), what the model's head turns into logits; new ones repeat their input."""
 
     def __init__(self, heads: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(heads, width, width))
         self.bias = nn.Parameter(torch.zeros(heads, width))
+
+    def rebuild_config(self) -> dict[str, int]:
+        return {"heads": self.weight.shape[0], "width": self.weight.shape[-1]}
 
     def forward(self, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(1, -1, hidden.shape[-1]).to(self.weight.dtype)
@@ -48,17 +50,15 @@ class MedusaHeads(nn.Module):
 
 
 @dataclass(frozen=True)
-class Medusa(Decoder):
-    """Heads trained on the model's own answers draft a tree: `generate(..., heads=Medusa().train(workload))`."""
+class Medusa(LearnedDecoder):
+    """Heads trained on the model's own answers draft a tree: `generate(..., heads=Medusa().train(workload))`.
+
+    Keep them by `heads.save(file)` and `MedusaHeads.load(file)`.
+    """
 
     heads: int = knob(3, low=1, high=16, help="heads that `train` makes: levels of the tree")
     nodes: int = knob(8, low=1, high=256, help="tokens of the tree, checked in one pass")
     branch: int = knob(4, low=1, high=64, help="tokens of a head that may stand below one node")
-    steps: int = knob(200, low=0, high=1_000_000, help="updates of the weights in `train`")
-    seconds: float = knob(0.0, low=0.0, help="end training after this long, whatever the steps; 0 sets no limit")
-    places: int = knob(256, low=1, help="tokens of a batch that the heads learn from, drawn anew each step")
-    lr: float = knob(1e-3, low=1e-6, high=0.1, log=True, help="highest learning rate of AdamW")
-    seed: int = knob(0, low=0, help="order of the data")
     facts: ClassVar[Facts] = Facts(
         stage="serve", keeps={OUTPUT_SHAPE}, data=UNLABELLED, effect="same text in fewer steps"
     )
@@ -75,26 +75,28 @@ class Medusa(Decoder):
             )
         return speculate(model, input_ids, _Guesses(self, model, heads), "torch", tally=tally, **call)
 
+    def new(self, model: Any) -> MedusaHeads:
+        """Untrained heads for a model."""
+        return MedusaHeads(self.heads, width_of(model))
+
     def train(self, workload: Workload) -> MedusaHeads:
         """New heads for the workload's model, trained on its training text (else its calibration text)."""
-        return self.train_(MedusaHeads(self.heads, width_of(workload.model)), workload)[0]
+        return self.train_(self.new(workload.model), workload)[0]
 
     def train_(self, heads: MedusaHeads, workload: Workload) -> tuple[MedusaHeads, History]:
         """Train heads in place; also gives the losses."""
         model: Any = workload.model
         head, draws = model.get_submodule(head_name(model)), torch.Generator().manual_seed(self.seed)
 
-        def loss(heads: nn.Module, batch: Batch) -> Tensor:
-            hidden, taught = lesson(model, batch, len(heads.weight), self.places, draws)  # pyright: ignore
+        def loss(heads: MedusaHeads, batch: Batch) -> Tensor:
+            hidden, taught = lesson(model, batch, len(heads.weight), self.places, draws)
             guessed = head(heads(hidden))
             weights = [DECAY**i for i in range(len(guessed))]
             losses = [w * distillation_loss(g, t, 1.0) for w, g, t in zip(weights, guessed, taught)]
             return torch.stack(losses).sum() / len(losses)
 
-        with only(model, {}), evaluating(model):
-            history = train(heads, batches_of(workload), loss, steps=self.steps, seconds=self.seconds or None,
-                            lr=self.lr, clip_norm=1.0, seed=self.seed)  # fmt: skip
-        return heads.eval(), history
+        history = self.learn_(heads, workload, loss)
+        return heads, history
 
 
 @torch.no_grad()
