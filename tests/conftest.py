@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lilliput._probe import torch_threads
 from lilliput.workload import Workload, windows
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -19,6 +20,14 @@ def _no_waiting_for_a_quiet_machine(request, monkeypatch):
     """Tests judge no times, so they need not wait for other work to end; the tests of the waiting itself do wait."""
     if "metrics" not in request.path.parts:
         monkeypatch.setattr("lilliput.metrics.latency.wait_until_quiet", lambda *args, **options: 0.0)
+
+
+@pytest.fixture
+def one_thread():
+    """One torch thread: for layers this small a second one only waits, on a busy machine a hundred times as long, and
+    sums come out the same every time."""
+    with torch_threads(1):
+        yield
 
 
 class TinyCnn(nn.Module):

@@ -9,14 +9,7 @@ import torch
 from lilliput.errors import UserError
 from lilliput.serving import accelerated, native_sampling
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two torch threads on a busy machine make layers this small a hundred times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -27,12 +27,8 @@ class Pointwise(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small run faster on one thread, and their sums come out the same every time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """For every test of this folder."""
 
 
 @pytest.fixture(autouse=True)

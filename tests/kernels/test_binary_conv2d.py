@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lilliput import kernels
 from lilliput.errors import UserError
 from lilliput.kernels import binary_conv2d as conv
 from lilliput.kernels import binary_linear as kernel
@@ -19,14 +18,6 @@ SHAPES = [  # x, filters, kernel, stride, padding, dilation
     ((1, 40, 20, 21), 16, (3, 3), (2, 3), (1, 1), (1, 1)),
     ((0, 8, 4, 4), 5, (3, 3), (1, 1), (1, 1), (1, 1)),
 ]
-
-
-@pytest.fixture(params=kernels.available_isas())
-def isa(request):
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def case(size, filters, window, planes=1, seed=0):

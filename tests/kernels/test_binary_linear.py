@@ -6,21 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lilliput import kernels
 from lilliput.errors import UserError
 from lilliput.kernels import binary_linear as kernel
 
-ISAS = kernels.available_isas()
 LEVELS = (1.0, 0.5, 0.3)
 SHAPES = [(16, 32), (1, 1), (5, 31), (33, 33), (48, 256), (100, 1000), (17, 2100), (64, 8), (0, 9), (7, 0)]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def case(rows, inputs, tokens=5, planes=1, seed=0):

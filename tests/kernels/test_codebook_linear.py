@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lilliput import kernels
 from lilliput.errors import UserError
 from lilliput.kernels import codebook_linear as kernel
 from lilliput.methods.quantize._packed import pack_codes
@@ -22,14 +21,6 @@ SHAPES = [  # rows, inputs, group
     (0, 32, 32),
     (4, 0, 32),
 ]
-
-
-@pytest.fixture(params=kernels.available_isas())
-def isa(request):
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def weights(rows, columns, group, bits, shared, seed=0):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from lilliput import kernels
 from lilliput.errors import UserError
 from lilliput.kernels import _native, group_linear
 from lilliput.kernels.decoder import Decoder, Reference, decoder_for, foreign_layers
@@ -13,6 +12,8 @@ from lilliput.kernels.native_weights import NativeWeights
 from lilliput.methods.quantize.codebook import Codebook
 from lilliput.methods.quantize.group import Group
 from lilliput.methods.quantize.seeds import Seeds
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = {
     "vocab_size": 83,
@@ -59,23 +60,6 @@ def build(kind, changes):
 @pytest.fixture(params=FAMILIES)
 def any_model(request):
     return build(*FAMILIES[request.param])
-
-
-@pytest.fixture(params=kernels.available_isas())
-def any_isa(request):
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """What the tests start with and leave behind: torch is slow with two on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -202,7 +186,7 @@ def mix_formats(model):
 
 
 @torch.no_grad()
-def test_logits_are_those_of_transformers(any_model, any_isa):
+def test_logits_are_those_of_transformers(any_model, isa):
     decoder = Decoder(any_model)
     for length in (1, 2, 5, 33):
         ids = tokens(length)
@@ -212,7 +196,7 @@ def test_logits_are_those_of_transformers(any_model, any_isa):
 
 
 @torch.no_grad()
-def test_token_by_token_is_the_whole_prompt(any_model, any_isa, any_threads):
+def test_token_by_token_is_the_whole_prompt(any_model, isa, any_threads):
     decoder, ids = Decoder(any_model), tokens(23)
     expected = any_model(ids[None], use_cache=False).logits[0]
     cache = decoder.cache(23)
@@ -232,7 +216,7 @@ def test_a_long_prompt_goes_in_parts_that_fit_together():
         assert close(decoder(ids, decoder.cache(300)), expected[-1:])
 
 
-def test_mixed_formats_are_those_of_the_reference(any_model, any_isa, any_threads):
+def test_mixed_formats_are_those_of_the_reference(any_model, isa, any_threads):
     mixed = mix_formats(any_model)
     assert foreign_layers(parts_of(mixed)) == []
     native, ids = Decoder(mixed), tokens(40)
@@ -245,7 +229,7 @@ def test_mixed_formats_are_those_of_the_reference(any_model, any_isa, any_thread
             assert close(found, expected, tolerance) if tolerance else torch.equal(found, expected)
 
 
-def test_a_few_packed_tokens_at_once_are_what_each_is_alone(any_isa, any_threads):
+def test_a_few_packed_tokens_at_once_are_what_each_is_alone(isa, any_threads):
     """To the bit: last bits would grow where activations are rounded, and a checked draft would change the text."""
     model = build("Llama", {})
     for layer in model.model.layers:
@@ -271,7 +255,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_layers_of_other_codes_are_those_of_the_reference(name, any_isa, any_threads):
+def test_layers_of_other_codes_are_those_of_the_reference(name, isa, any_threads):
     """Each kind beside dense and packed ones that read the same input."""
     model = build("Llama", {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 150})
     wrap, int4 = by_method(OTHERS[name](32)), lambda layer: Packed(layer, 4, 32)
@@ -290,7 +274,7 @@ def test_layers_of_other_codes_are_those_of_the_reference(name, any_isa, any_thr
 
 
 @torch.no_grad()
-def test_halved_weights_stay_where_they_are(any_isa):
+def test_halved_weights_stay_where_they_are(isa):
     model = build("Llama", {})
     reference = build("Llama", {})
     for mlp, other in ((a.mlp, b.mlp) for a, b in zip(model.model.layers, reference.model.layers)):

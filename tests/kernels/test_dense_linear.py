@@ -3,22 +3,13 @@
 import pytest
 import torch
 
-from lilliput import kernels
 from lilliput.errors import UserError
 from lilliput.kernels.dense_linear import dense_linear, reference
 
 
-@pytest.fixture(params=kernels.available_isas())
-def every_isa(request):
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (17, 31), (64, 576), (700, 300), (0, 8), (5, 0)])
-def test_values_on_any_number_of_threads(every_isa, dtype, rows, columns):
+def test_values_on_any_number_of_threads(isa, dtype, rows, columns):
     weight, before = torch.randn(rows, columns).to(dtype), torch.get_num_threads()
     for tokens in (0, 1, 7):
         x = torch.randn(tokens, columns)

@@ -1,7 +1,23 @@
 """The product by lookup on every instruction set: layout round trips, values, extremes, bad input, threads."""
 
+from functools import partial
+
 import pytest
 import torch
+from grouped import (
+    activations,
+    check_against_reference,
+    check_alone_and_together,
+    check_extremes,
+    check_operator,
+    check_round_trip,
+    check_spoilt_tokens,
+    dequantized,
+    executing,
+    repeated_on_threads,
+    weights,
+)
+from grouped import laid_out as any_laid_out
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,38 +45,7 @@ SHAPES = [  # rows, inputs, group
     (4, 0, 8),
 ]
 
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
-
-
-def weights(rows, columns, group, bits, seed=0):
-    """Random codes (N, K), scale and zero (N, K / group)."""
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randint(0, 2**bits, (rows, columns), generator=generator)
-    scale = (torch.rand(rows, columns // group, generator=generator) + 0.1).bfloat16()
-    return q, scale, torch.randn(rows, columns // group, generator=generator).bfloat16()
-
-
-def laid_out(rows, columns, group, bits, seed=0):
-    """The codes and grids, and a function of x that multiplies with their layout."""
-    q, scale, zero = weights(rows, columns, group, bits, seed)
-    layout = kernel.pack(pack_codes(q, bits), scale, zero, columns, bits)
-    return (q, scale, zero), lambda x: kernel.lookup_linear(x, *layout, rows, group, bits)
-
-
-def dequantized(q, scale, zero, bits):
-    group = q.shape[1] // scale.shape[1]
-    scale, zero = (grid.double().repeat_interleave(group, 1) for grid in (scale, zero))
-    return (q - 2 ** (bits - 1)) * scale + zero
-
-
-def activations(tokens, columns, seed=1):
-    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+laid_out = partial(any_laid_out, kernel, kernel.lookup_linear)
 
 
 # --- layout ----------------------------------------------------------------------------------------------------
@@ -69,15 +54,7 @@ def activations(tokens, columns, seed=1):
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(BITS), st.integers(0, 140), st.integers(1, 70), st.integers(0, 9), st.integers(0, 2**30))
 def test_the_layout_gives_the_stored_weights_back(bits, rows, group, groups, seed):
-    columns = group * groups
-    q, scale, zero = weights(rows, columns, group, bits, seed)
-    layout = kernel.pack(pack_codes(q, bits), scale, zero, columns, bits)
-    given_back = kernel.unpack(*layout, rows, columns, group, bits)
-    expected = [pack_codes(q, bits), scale, zero]
-    if not groups:  # a width of nothing leaves the group unknown
-        expected = [part.reshape(rows, 0) for part in expected]
-    assert [part.dtype for part in given_back] == [part.dtype for part in expected]
-    assert all(torch.equal(a, b) for a, b in zip(given_back, expected))
+    check_round_trip(kernel, rows, group, groups, bits, seed)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -108,13 +85,7 @@ def test_where_the_layout_puts_a_code(bits):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_are_those_of_the_reference(isa, bits, shape):
-    rows, columns, group = shape
-    packed, multiply = laid_out(rows, columns, group, bits)
-    for tokens in (0, 1, 2, 7, 20):
-        x = activations(tokens, columns)
-        y, expected = multiply(x), kernel.reference(x, *packed, bits)
-        assert y.shape == (tokens, rows)
-        assert ((y - expected).abs() <= 2e-6 * (x.abs().sum(-1, keepdim=True) * 2**bits + 1)).all()
+    check_against_reference(kernel, *laid_out(*shape, bits), bits, counts=(0, 1, 2, 7, 20))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -147,38 +118,22 @@ def test_tables_are_rounded_as_the_reference_says(isa, group, size, seed):
     q = torch.zeros(2, group, dtype=torch.int64)
     q[0] = torch.randint(0, 2, (group,), generator=torch.Generator().manual_seed(seed))
     grid = torch.ones(2, 1), torch.zeros(2, 1)
-    before = kernels.isa()
-    kernels.set_isa(isa)
-    y = kernel.lookup_linear(x, *kernel.pack(pack_codes(q, 1), *grid, group, 1), 2, group, 1)
-    kernels.set_isa(before)
+    with executing(isa):
+        y = kernel.lookup_linear(x, *kernel.pack(pack_codes(q, 1), *grid, group, 1), 2, group, 1)
     expected = kernel.reference(x, q, *grid, 1)
     assert ((y - expected).abs() <= 3e-6 * x.abs().sum()).all()
 
 
-def test_extreme_codes_do_not_overflow(isa):
-    """All codes and activations at their limits, signs alike and mixed."""
-    for bits in BITS:
-        for code in (0, 2**bits - 1):
-            q = torch.full((64, 4096), code)
-            layout = kernel.pack(pack_codes(q, bits), torch.ones(64, 1), torch.zeros(64, 1), 4096, bits)
-            for x in (torch.ones(1, 4096), -torch.ones(1, 4096)):
-                y = kernel.lookup_linear(x, *layout, 64, 4096, bits)
-                assert torch.allclose(y, x.sum() * (code - 2 ** (bits - 1)) * torch.ones(64), rtol=1e-5)
+@pytest.mark.parametrize("bits", BITS)
+def test_extreme_codes_do_not_overflow(isa, bits):
+    check_extremes(kernel, kernel.lookup_linear, 64, bits)
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group", [64, 8])
 def test_a_token_with_nan_or_infinity_gives_nan_and_spoils_no_other(isa, bits, group):
-    packed, multiply = laid_out(70, 64, group, bits)
-    x = activations(4, 64)
-    expected = multiply(x)
-    for bad in (float("nan"), float("inf"), -float("inf"), 3e38):
-        spoilt = x.clone()
-        spoilt[2, 36:38] = bad
-        y = multiply(spoilt)
-        assert y[2].isnan().all()
-        assert torch.equal(y[[0, 1, 3]], expected[[0, 1, 3]])
-        assert kernel.reference(spoilt, *packed, bits)[2].isnan().all()
+    values = float("nan"), float("inf"), -float("inf"), 3e38
+    check_spoilt_tokens(kernel, *laid_out(70, 64, group, bits), bits, slice(36, 38), values)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -192,38 +147,27 @@ def test_zeros_give_exact_zeros(isa, bits):
 def test_a_token_is_answered_alike_whatever_is_beside_it(isa, bits, shape):
     """The same bits alone, in batches and on 1, 2 and 3 threads."""
     _, multiply = laid_out(*shape, bits)
-    x = activations(40, shape[1])
-    expected = torch.cat([multiply(row) for row in x.split(1)])
-    before = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        for tokens in (1, 2, 3, 4, 5, 9, 40):
-            assert torch.equal(multiply(x[:tokens]), expected[:tokens])
-    torch.set_num_threads(before)
+    check_alone_and_together(multiply, activations(40, shape[1]), (1, 2, 3, 4, 5, 9, 40))
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_large_matrices_and_many_tokens_are_shared_by_threads(isa, bits):
     packed, multiply = laid_out(2000, 256, 64, bits)
     x = activations(3, 256)
-    before, found = torch.get_num_threads(), []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found += [multiply(x) for _ in range(10)]
-    many = multiply(x.repeat(200, 1))  # more than go through the weights together
-    torch.set_num_threads(before)
-    assert all(torch.equal(y, found[0]) for y in (*found, *many.split(3)))
+    found = repeated_on_threads(lambda: multiply(x), 10)
+    many = repeated_on_threads(lambda: multiply(x.repeat(200, 1)), 1)  # more than go through the weights together
+    found += [part for y in many for part in y.split(3)]
+    assert all(torch.equal(y, found[0]) for y in found)
     expected = x.double() @ dequantized(*packed, bits).T
     assert (found[0] - expected).norm() < 0.01 * expected.norm()
 
 
 def test_every_instruction_set_gives_nearly_the_same():
     _, multiply = laid_out(100, 320, 64, 3)
-    before, found = kernels.isa(), []
+    found = []
     for name in ISAS:
-        kernels.set_isa(name)
-        found.append(multiply(activations(5, 320)))
-    kernels.set_isa(before)
+        with executing(name):
+            found.append(multiply(activations(5, 320)))
     for y in found:
         torch.testing.assert_close(y, found[0], rtol=1e-5, atol=1e-4)
 
@@ -289,14 +233,4 @@ def test_stored_weights_that_do_not_fit_are_refused():
 def test_the_operator_compiles_and_exports():
     packed = PackedLinear(64, 48, 2, 32, bias=True, product="lookup")
     packed.set_codes_(*weights(48, 64, 32, 2))
-    x, model = activations(3, 64), torch.nn.Sequential(packed)
-    with torch.no_grad():
-        expected = model(x)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        assert torch.equal(compiled(x), expected)
-        program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},))
-        longer = activations(7, 64)
-        assert torch.equal(program.module()(longer), packed(longer))
-    torch.library.opcheck(
-        torch.ops.lilliput.lookup_linear, (x, packed._codes, packed._grid, 48, 32, 2), test_utils="test_faketensor"
-    )
+    check_operator(packed, torch.ops.lilliput.lookup_linear, 32, 2)

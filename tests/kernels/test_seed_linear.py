@@ -6,20 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lilliput import kernels
 from lilliput.errors import UserError
 from lilliput.kernels import _native
 from lilliput.kernels import seed_linear as kernel
 
 BITS = (4, 3)
-
-
-@pytest.fixture(params=kernels.available_isas())
-def isa(request):
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 def random_codes(rows, columns, bits, seed=0):

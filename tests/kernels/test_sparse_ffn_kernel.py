@@ -6,20 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lilliput import kernels
 from lilliput.errors import UserError
 from lilliput.kernels import sparse_ffn as kernel
 from lilliput.kernels.sparse_ffn import Rows
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
-
-
-@pytest.fixture(params=kernels.available_isas())
-def every_isa(request):
-    before = kernels.isa()
-    kernels.set_isa(request.param)
-    yield request.param
-    kernels.set_isa(before)
 
 
 @pytest.fixture
@@ -65,7 +56,7 @@ def expected(x, gate, shift, up, up_bias, down, down_bias):
     ("features", "neurons", "outputs", "group"),
     [(1, 1, 1, 0), (7, 5, 31, 0), (64, 40, 96, 32), (100, 77, 65, 0), (576, 200, 576, 64), (128, 0, 33, 0)],
 )
-def test_values(every_isa, format, features, neurons, outputs, group):
+def test_values(isa, format, features, neurons, outputs, group):
     (up, up_w), (down, down_w) = rows(neurons, features, format, group), rows(neurons, outputs, format, group)
     up_bias, down_bias = torch.randn(neurons), torch.randn(outputs)
     for tokens in (0, 1, 2, 40):
@@ -80,7 +71,7 @@ def test_values(every_isa, format, features, neurons, outputs, group):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_sparse_linear_takes_inputs_of_both_signs(every_isa, format):
+def test_sparse_linear_takes_inputs_of_both_signs(isa, format):
     w, dense = rows(90, 70, format)
     x = torch.randn(3, 90) * (torch.rand(3, 90) < 0.3)
     y = kernel.sparse_linear(x, w, torch.ones(70))
@@ -88,7 +79,7 @@ def test_sparse_linear_takes_inputs_of_both_signs(every_isa, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_token_depends_on_neither_threads_nor_other_tokens(every_isa, threads, format):
+def test_a_token_depends_on_neither_threads_nor_other_tokens(isa, threads, format):
     (up, _), (down, _) = rows(300, 576, format), rows(300, 576, format)
     x, gate = inputs(37, 576, 300)
     threads(1)
@@ -100,7 +91,7 @@ def test_a_token_depends_on_neither_threads_nor_other_tokens(every_isa, threads,
         assert torch.equal(kernel.sparse_ffn(x[t : t + 1], gate[t : t + 1], 0.0, up, None, down)[0], whole[t])
 
 
-def test_silent_neurons_are_not_read(every_isa):
+def test_silent_neurons_are_not_read(isa):
     """Their weights may hold anything: NaN would reach the output if they took part."""
     up, down = torch.randn(50, 64), torch.randn(50, 64)
     x, gate = inputs(2, 64, 50)
@@ -111,7 +102,7 @@ def test_silent_neurons_are_not_read(every_isa):
     assert torch.equal(kernel.sparse_ffn(x, gate, 0.1, Rows(up, None, 64), None, Rows(down, None, 64)), clean)
 
 
-def test_nothing_fires_and_everything_fires(every_isa):
+def test_nothing_fires_and_everything_fires(isa):
     w, dense = rows(33, 40, "float32")
     bias = torch.randn(40)
     x, gate = torch.randn(2, 40), torch.full((2, 33), -1.0)
@@ -121,7 +112,7 @@ def test_nothing_fires_and_everything_fires(every_isa):
     assert np.allclose(y.numpy(), dense.sum(0), atol=1e-4)
 
 
-def test_nan_and_infinity_are_not_silent(every_isa):
+def test_nan_and_infinity_are_not_silent(isa):
     w, _ = rows(33, 40, "float32")
     x, gate = torch.randn(3, 40), -torch.ones(3, 33)
     gate[0, 5], gate[1, 5] = torch.nan, torch.inf
@@ -155,7 +146,7 @@ def test_it_compiles_and_exports():
     torch.library.opcheck(torch.ops.lilliput.sparse_ffn.default, args)
 
 
-def test_views_are_taken(every_isa):
+def test_views_are_taken(isa):
     w, _ = rows(40, 64, "float32")
     x, gate = torch.randn(64, 3).T, torch.randn(80, 3).T[:, ::2]
     y = kernel.sparse_ffn(x, gate, 0.0, w, None, w)

@@ -63,12 +63,8 @@ class Vit(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Two torch threads on a busy machine make layers this small a hundred times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """For every test of this folder."""
 
 
 def _work(model: nn.Module) -> Workload:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lilliput.errors import UserError
 from lilliput.kernels import _native
-from lilliput.kernels.decoder_parts import Block, Norm, Parts, outputs, parts_of, refusals
+from lilliput.kernels.decoder_parts import Block, Norm, Parts, normed, outputs, parts_of, refusals, rotated
 from lilliput.kernels.native_weights import dense_weights, not_dense
 from lilliput.kernels.sparse_ffn import NativePart, native_part
 
@@ -138,10 +138,7 @@ class Reference(_AnyDecoder):
 
     def norm(self, x: Tensor, norm: Norm | None) -> Tensor:
         """The norm over the last dimension; x itself when there is none."""
-        if norm is None:
-            return x
-        weight = norm.weight + norm.offset if norm.offset else norm.weight
-        return F.rms_norm(x, (x.shape[-1],), weight, norm.epsilon)
+        return normed(x, norm)
 
     def gate(self, b: Block, gate: Tensor, up: Tensor) -> Tensor:
         """activation(gate) * up"""
@@ -151,8 +148,7 @@ class Reference(_AnyDecoder):
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, scaling: float = 1.0) -> Tensor:
         """Rotary position of x (T, heads, dim), cos, sin (T, dim): (x cos + (-second half, first half) sin) scaling"""
-        first, second = x.chunk(2, -1)
-        return (x * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)) * scaling
+        return rotated(x, cos, sin) * scaling
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, start: int, window: int) -> Tensor:
         """Scaled queries (T, heads, dim) at the positions from `start` on; keys, values (kv_heads, length, dim)."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 FAMILIES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Gemma3ForCausalLM")
@@ -146,6 +147,20 @@ def _norm(module: Any) -> Norm:
     if hasattr(module, "variance_epsilon"):
         return Norm(module.weight, module.variance_epsilon)
     return Norm(module.weight, module.eps, 1.0)
+
+
+def normed(x: Tensor, norm: Norm | None) -> Tensor:
+    """The norm over the last dimension of x; x itself when there is none."""
+    if norm is None:
+        return x
+    weight = norm.weight + norm.offset if norm.offset else norm.weight
+    return F.rms_norm(x, (x.shape[-1],), weight, norm.epsilon)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position of x (T, heads, dim), cos, sin (T, dim): x cos + (-second half, first half) sin"""
+    first, second = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat([-second, first], -1) * sin.unsqueeze(1)
 
 
 def outputs(module: Any) -> int:

@@ -24,9 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lilliput.errors import UserError
-from lilliput.kernels import _native
-from lilliput.kernels.checks import check_input, check_packed
+from lilliput.kernels.grouped import GroupedProduct
 
 BITS = (4, 3, 2, 1)
 BLOCK = 64  # rows that stand side by side in the executed layout
@@ -73,77 +71,10 @@ def tables(x: Tensor) -> tuple[Tensor, Tensor]:
     return entries.flatten(-3, -2)[..., :count, :], steps.flatten(-2)[..., :count]
 
 
-def layout_sizes(rows: int, columns: int, group: int, bits: int) -> tuple[int, int]:
-    """Bytes of the codes and number of grid values of the executed layout."""
-    return _native.lookup_linear_sizes(rows, columns, group, bits)
-
-
-def pack(stored: Tensor, scale: Tensor, zero: Tensor | None, columns: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Stored codes (N, bytes) and grids (N, K / group) -> the executed layout (codes, grid), see lookup_linear.hpp.
-
-    The grid is int16, the bits of bfloat16 values, so that casts of a model leave it alone.
-    """
-    _check_bits(bits)
-    if stored.device.type != "cpu" or scale.device.type != "cpu":
-        raise UserError(f"the weights are on {stored.device}; the kernels run on the CPU, move the layer there")
-    if scale.ndim != 2 or zero is None or zero.shape != scale.shape:
-        raise UserError(f"the scale has the shape {tuple(scale.shape)}; scale and zero must both be (rows, groups)")
-    rows, groups = scale.shape
-    group = max(1, columns // max(1, groups))
-    expected = (rows, -(-columns // 8) * bits)
-    if stored.dtype != torch.uint8 or stored.shape != expected or groups * group != columns:
-        raise UserError(f"codes are {stored.dtype} {tuple(stored.shape)}; {bits} bits need torch.uint8 {expected}")
-    size, _ = layout_sizes(rows, columns, group, bits)
-    codes, stored = torch.empty(size, dtype=torch.uint8), stored.contiguous()
-    _native.lookup_linear_pack(stored.data_ptr(), codes.data_ptr(), rows, columns, group, bits)
-    grids = torch.stack([scale, zero], -1).bfloat16()
-    blocks = F.pad(grids, (0, 0, 0, 0, 0, -rows % BLOCK)).unflatten(0, (-1, BLOCK))
-    by_block = blocks.permute(0, 2, 3, 1).contiguous().view(torch.int16)
-    return codes.view(len(by_block), size // max(1, len(by_block))), by_block
-
-
-def unpack(codes: Tensor, grid: Tensor, rows: int, columns: int, group: int, bits: int) -> tuple[Tensor, ...]:
-    """The inverse of `pack`: stored codes, scale and zero."""
-    _check_layout(codes, grid, rows, columns, group, bits)
-    stored = torch.empty(rows, -(-columns // 8) * bits, dtype=torch.uint8)
-    _native.lookup_linear_unpack(codes.data_ptr(), stored.data_ptr(), rows, columns, group, bits)
-    blocks = grid.view(torch.bfloat16).view(-(-rows // BLOCK), columns // group, 2, BLOCK)
-    grids = blocks.permute(2, 0, 3, 1).flatten(1, 2)[:, :rows]
-    return stored, *(part.contiguous() for part in grids)
+_product = GroupedProduct("lookup_linear", BITS, BLOCK)
+layout_sizes, pack, unpack = _product.layout_sizes, _product.pack, _product.unpack
 
 
 def lookup_linear(x: Tensor, codes: Tensor, grid: Tensor, rows: int, group: int, bits: int) -> Tensor:
     """x (M, K) float32 and the layout of `pack` -> y (M, rows), float32. Raises UserError when sizes do not fit."""
     return torch.ops.lilliput.lookup_linear(x, codes, grid, rows, group, bits)
-
-
-def _lookup_linear(x: Tensor, codes: Tensor, grid: Tensor, rows: int, group: int, bits: int) -> Tensor:
-    check_input(x, "lookup_linear")
-    tokens, columns = x.shape
-    _check_layout(codes, grid, rows, columns, group, bits)
-    x = x.contiguous()
-    y = torch.empty(tokens, rows)
-    addresses = x.data_ptr(), codes.data_ptr(), grid.data_ptr(), y.data_ptr()
-    _native.lookup_linear(*addresses, tokens, rows, columns, group, bits, torch.get_num_threads())
-    return y
-
-
-def _check_bits(bits: int) -> None:
-    if bits not in BITS:
-        raise UserError(f"bits is {bits}; choose 4, 3, 2 or 1 for products by lookup")
-
-
-def _check_layout(codes: Tensor, grid: Tensor, rows: int, columns: int, group: int, bits: int) -> None:
-    _check_bits(bits)
-    check_packed(codes, grid, layout_sizes, rows, columns, group, bits)
-
-
-def _fake(x: Tensor, codes: Tensor, grid: Tensor, rows: int, group: int, bits: int) -> Tensor:
-    check_input(x, "lookup_linear")
-    return x.new_empty(x.shape[0], rows)
-
-
-_library = torch.library.Library("lilliput", "FRAGMENT")
-_library.define("lookup_linear(Tensor x, Tensor codes, Tensor grid, SymInt rows, int group, int bits) -> Tensor")
-_library.impl("lookup_linear", _lookup_linear, "CPU")
-torch.library.register_fake("lilliput::lookup_linear", _fake, lib=_library)

@@ -29,6 +29,12 @@ def advantage(ours: Tensor, other: Tensor) -> tuple[float, float]:
     return float(gain.mean()), float(gain.std() / len(gain) ** 0.5)
 
 
+def last_losses(logits: Tensor, windows: Tensor, count: int) -> Tensor:
+    """(n, count): loss of the last tokens of windows (n, T), in nats; logits (n, more than count, V) end with them."""
+    targets = windows[:, -count:].unsqueeze(-1)
+    return -logits[:, -count - 1 : -1].float().log_softmax(-1).gather(-1, targets).squeeze(-1)
+
+
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Linear layers of any packed kind, by name."""
     for name, layer in model.named_modules():

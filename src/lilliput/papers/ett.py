@@ -14,7 +14,7 @@ from torch import Tensor
 from lilliput.methods.train._adapting import adapting
 from lilliput.methods.train.extend_context import ExtendContext, chunks
 from lilliput.paper import Evidence, Paper, Row
-from lilliput.papers._paired import advantage
+from lilliput.papers._paired import advantage, last_losses
 from lilliput.workload import Workload
 from lilliput.zoo import texts
 
@@ -225,9 +225,7 @@ def seen_before(ids: Tensor, effort: Effort) -> Tensor:
 @torch.inference_mode()
 def losses(model: Any, windows: Tensor) -> Tensor:
     """(n, TARGET): loss of the last tokens of each window, in nats."""
-    logits = model(input_ids=windows, use_cache=False).logits[:, -TARGET - 1 : -1].float()
-    targets = windows[:, -TARGET:].unsqueeze(-1)
-    return -logits.log_softmax(-1).gather(-1, targets).squeeze(-1)
+    return last_losses(model(input_ids=windows, use_cache=False).logits, windows, TARGET)
 
 
 def cached(plain: Tensor, windows: Tensor, known: Tensor, weight: float) -> Tensor:

@@ -10,12 +10,8 @@ from lilliput.methods.decode._backends import Backend
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Two torch threads on a busy machine make layers this small a hundred times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """For every test of this folder."""
 
 
 @pytest.fixture
@@ -176,3 +172,17 @@ def draws_are_likely(likely):
         return likely(counts, exact)
 
     return check
+
+
+@pytest.fixture
+def make_words():
+    """`make_words(order)`: a tokenizer of 64 words, in that order of their numbers if it is given."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    def make(order=range(64)):
+        words = {f"word{i}": place for place, i in enumerate(order)}
+        inner = Tokenizer(models.WordLevel(words, unk_token="word0"))
+        return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="word0")
+
+    return make

@@ -81,6 +81,15 @@ def test_a_draft_model_of_another_tokenizer_is_refused(model, make_llama, prompt
             model.generate(prompt(), custom_generate=DraftModel(), draft_model=other, max_new_tokens=5)
 
 
+def test_as_many_tokens_of_another_tokenizer_are_refused(model, make_llama, prompt, make_words):
+    small, options = make_llama(1), {"custom_generate": DraftModel(), "max_new_tokens": 5, "do_sample": False}
+    found = model.generate(prompt(), draft_model=small, tokenizers=(make_words(), make_words()), **options)
+    assert torch.equal(found, model.generate(prompt(), max_new_tokens=5, do_sample=False))
+    other = make_words([*range(63, -1, -1)])
+    with pytest.raises(UserError, match="token 0 is 'word63' for the draft model and 'word0' for the model"):
+        model.generate(prompt(), draft_model=small, tokenizers=(make_words(), other), **options)
+
+
 def test_a_draft_model_may_read_less_than_the_model(model, make_llama, prompt):
     small, options = make_llama(1, max_position_embeddings=16), {"max_new_tokens": 30, "do_sample": False}
     tally = Tally()

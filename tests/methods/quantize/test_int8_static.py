@@ -15,13 +15,7 @@ from lilliput.methods.quantize.int8_static import Int8Static
 from lilliput.onnx_export import relative_error
 from lilliput.workload import Workload
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def work_of(model, *inputs):

@@ -40,6 +40,10 @@ class Backend:
         """Puts those nodes of the draft that stands from `start` on to its front; the rest may be anything."""
         raise UserError(f"{type(self).__name__} reads chains of tokens; run trees on transformers (runtime='torch')")
 
+    def fill(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Holds, empty before, T tokens that it has not read: keys and values (kv_heads, T, head_dim) of each block."""
+        raise NotImplementedError
+
     def rewind(self, length: int) -> None:
         """Holds the first `length` tokens alone."""
         raise NotImplementedError
@@ -103,6 +107,10 @@ class TorchBackend(Backend):
         if self.filled:
             self.cache.crop(length - self.filled)
 
+    def fill(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        for i, (keys, values) in enumerate(pairs):
+            self.cache.update(keys[None], values[None], i)
+
 
 class LeanBackend(Backend):
     """The native decoder, or its plain reference for layers that it has no product for; `length` is its cache's."""
@@ -127,6 +135,13 @@ class LeanBackend(Backend):
 
     def rewind(self, length: int) -> None:
         self.cache.filled = length
+
+    def fill(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        tokens = pairs[0][0].shape[1]
+        self.cache.need_room(tokens)
+        for i, (keys, values) in enumerate(pairs):
+            self.cache.keys[i][:, :tokens], self.cache.values[i][:, :tokens] = keys, values
+        self.cache.filled = tokens
 
 
 def backend(runtime: str, model: Any, length: int, cache: Any = None, look: bool = False) -> Backend:

@@ -12,6 +12,7 @@ sliding windows. `same_text` in `benchmarks/generate.py` counts texts that are e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +53,12 @@ def speculate(
     generation_config: Any,
     streamer: Any = None,
     tally: Tally | None = None,
+    prefill: Callable[[Backend, Tensor], None] | None = None,
     **options: Any,
 ) -> Tensor:
     """Token ids (1, length) of prompt and continuation; the arguments are those of transformers' own loops.
+
+    `prefill(backend, ids)` may make the empty back end hold the beginning of the prompt ids (T,) in its own way.
 
     Raises UserError for several prompts, padding, beams and whatever else the loop cannot follow exactly.
     """
@@ -64,6 +68,10 @@ def speculate(
         raise UserError("lean keeps its own keys and values; give no past_key_values, or decode with runtime='torch'")
     loop = Loop(drafter.engine(runtime, model, length, cache), drafter, logits_processor, stopping_criteria)
     loop.sample, loop.longest, loop.streamer = generation_config.do_sample, min(length, context_of(model)), streamer
+    if prefill is not None:
+        if held := loop.backend.filled:
+            raise UserError(f"past_key_values holds {held} tokens already; give an empty cache, or none")
+        prefill(loop.backend, input_ids[0])
     ids = loop.run(input_ids, tally or Tally())
     if streamer is not None:
         streamer.end()
@@ -129,13 +137,11 @@ def check_call(model: Any, input_ids: Tensor, generation_config: Any, options: d
     rows, length = input_ids.shape
     mode, context = generation_config.get_generation_mode().value, context_of(model)
     if mode not in ("greedy_search", "sample"):
-        raise UserError(
-            f"several tokens a step are greedy or sampled, not by {mode.replace('_', ' ')}; drop that option"
-        )
+        raise UserError(f"this decoder is greedy or samples, it has no {mode.replace('_', ' ')}; drop that option")
     if generation_config.return_dict_in_generate:
-        raise UserError("return_dict_in_generate is set, but several tokens a step return token ids alone; drop it")
+        raise UserError("return_dict_in_generate is set, but this decoder returns token ids alone; drop it")
     if rows != 1:
-        raise UserError(f"{rows} texts are to be generated; several tokens a step take one prompt and give one answer")
+        raise UserError(f"{rows} texts are to be generated; this decoder takes one prompt and gives one answer")
     if length == 0 or options.get("inputs_embeds") is not None:
         raise UserError("the prompt is empty or made of inputs_embeds; give at least one token as input_ids")
     if length > context:
@@ -150,8 +156,8 @@ def _check_options(length: int, options: dict[str, Any]) -> None:
     if mask is not None and not bool((mask == 1).all()):
         raise UserError("the attention mask hides tokens of the prompt; give the prompt without padding")
     if positions is not None and positions[0].tolist() != list(range(length - positions.shape[1], length)):
-        raise UserError("position_ids are given; several tokens a step count positions from the start of the prompt")
+        raise UserError("position_ids are given; this decoder counts positions from the start of the prompt")
     if options.get("past_key_values") is None:
-        raise UserError("several tokens a step need a cache; generate with use_cache=True")
+        raise UserError("this decoder needs a cache; generate with use_cache=True")
     if others := sorted(key for key, value in options.items() if value is not None and key not in USUAL):
-        raise UserError(f"several tokens a step take token ids alone; drop {', '.join(others)}")
+        raise UserError(f"this decoder takes token ids alone; drop {', '.join(others)}")

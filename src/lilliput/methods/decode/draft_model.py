@@ -4,6 +4,9 @@ Papers: Leviathan, Kalman and Matias, Fast Inference from Transformers via Specu
 2211.17192); Chen et al., Accelerating Large Language Model Decoding with Speculative Sampling, 2023 (arXiv 2302.01318).
 The draft may be the model itself with fewer bits or blocks. A draft ends early where the small model is unsure; that is
 decided by its distribution before a token is drawn, so the outcome stays exact.
+
+A draft model of another tokenizer is refused, also one with as many tokens where both tokenizers lie beside the weights
+or are given: `generate(..., draft_model=small, tokenizers=(tokenizer, draft_tokenizer))`.
 """
 
 from __future__ import annotations
@@ -20,8 +23,7 @@ from lilliput.methods.decode import Tally
 from lilliput.methods.decode._backends import RUNTIMES, Backend, backend
 from lilliput.methods.decode._draft import Draft
 from lilliput.methods.decode._verify import Drafter, context_of, speculate
-
-SPECIAL = ("bos_token_id", "eos_token_id")
+from lilliput.methods.decode._vocabulary import UNKNOWN, check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,15 @@ class DraftModel(Decoder):
     facts: ClassVar[Facts] = Facts(stage="serve", keeps={OUTPUT_SHAPE}, effect="same text in fewer steps")
 
     def __call__(
-        self, model: Any, input_ids: Tensor, draft_model: Any = None, tally: Tally | None = None, **call: Any
+        self,
+        model: Any,
+        input_ids: Tensor,
+        draft_model: Any = None,
+        tokenizers: Any = UNKNOWN,
+        tally: Tally | None = None,
+        **call: Any,
     ) -> Tensor:
-        check_draft(model, draft_model)
+        check_draft(model, draft_model, tokenizers)
         config = call["generation_config"]
         drafter = _Small(self, backend(self.draft_runtime, draft_model, config.max_length), context_of(draft_model))
         if config.do_sample:
@@ -83,20 +91,10 @@ def warpers(processors: Any) -> Any:
     return type(processors)(p for p in processors if type(p).__name__.endswith("LogitsWarper"))
 
 
-def check_draft(model: Any, draft: Any) -> None:
+def check_draft(model: Any, draft: Any, tokenizers: Any = UNKNOWN) -> None:
     """Raises UserError for a draft model that is missing, trains, or has another vocabulary."""
     if draft is None:
         raise UserError("there is no draft model; call generate(..., custom_generate=DraftModel(), draft_model=small)")
     if draft.training:
         raise UserError("the draft model is in training mode; call draft_model.eval()")
-    sizes = [m.get_input_embeddings().num_embeddings for m in (model, draft)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"the draft model has {sizes[1]} tokens, the model {sizes[0]}; draft with a model of the same tokenizer"
-        )
-    for name in SPECIAL:
-        ids = [getattr(m.config.get_text_config(), name, None) for m in (model, draft)]
-        if None not in ids and ids[0] != ids[1]:
-            raise UserError(
-                f"{name} is {ids[1]} for the draft model and {ids[0]} for the model; take one of its tokenizer"
-            )
+    check_vocabulary(model, draft, "the draft model", tokenizers)

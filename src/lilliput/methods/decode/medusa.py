@@ -25,8 +25,8 @@ from lilliput.method import OUTPUT_SHAPE, UNLABELLED, Facts, knob
 from lilliput.methods.decode import Tally
 from lilliput.methods.decode._backends import head_name
 from lilliput.methods.decode._draft import NOTHING, Draft
-from lilliput.methods.decode._verify import Drafter, speculate
 from lilliput.methods.decode._trained import DECAY, LearnedDecoder, Part
+from lilliput.methods.decode._verify import Drafter, speculate
 from lilliput.methods.distill.logits import distillation_loss
 from lilliput.training import History
 from lilliput.workload import Batch, Workload
