@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -228,19 +229,21 @@ def assign_tensors_(model: nn.Module, folder: Path, aliases: dict[str, str], any
     Floating-point tensors keep the type they were saved in: skeletons are built in float32, the model may be in
     bfloat16. `any_dtype` is for a model that transformers has filled and cast already.
     """
-    tensors = _read_tensors(folder / WEIGHTS)
-    if not set(map(str, aliases.values())) <= set(tensors):
+    shared: dict[str, list[str]] = {}
+    for name, target in aliases.items():
+        shared.setdefault(str(target), []).append(name)
+    for name, tensor in _read_tensors(folder / WEIGHTS):
+        for place in (name, *shared.pop(name, ())):
+            _assign(model, place, tensor, any_dtype)
+    if shared:
         raise UserError(f"{ARCHITECTURE} in {str(folder)!r} shares a tensor that {WEIGHTS} does not hold")
-    tensors |= {name: tensors[target] for name, target in aliases.items()}
-    for name, tensor in tensors.items():
-        _assign(model, name, tensor, any_dtype)
     empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if empty:
         raise UserError(f"{WEIGHTS} in {str(folder)!r} lacks {', '.join(empty[:3])}; save the model again")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, each in memory of its own.
+def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file one after another, each in memory of its own.
 
     The library maps the file instead: its pages would count twice once packed weights are laid out, and misaligned
     tensors give products that differ in the last bit. It still checks the header.
@@ -252,7 +255,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
             header.pop("__metadata__", None)
-            return {name: _read_tensor(file, 8 + size, info) for name, info in header.items()}
+            for name, info in header.items():
+                yield name, _read_tensor(file, 8 + size, info)
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"cannot read {path.name} in {str(path.parent)!r}: {error}") from None
 
@@ -282,6 +286,8 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, any_dtype: bool) -> Non
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad)
     else:
         owner._buffers[leaf] = tensor
+    if hasattr(owner, "move_out_"):  # weights that live on the disk leave memory before the next ones come
+        owner.move_out_()  # pyright: ignore
 
 
 def load_example(folder: str | Path) -> Batch:

@@ -17,22 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilliput.anatomy import Mlp, in_out, needs_blocks, to_linear_
 from lilliput.edits import set_module
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
 from lilliput.kernels import sparse_ffn as kernel
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, LAYER_SHAPES, OUTPUT_SHAPE, PACKED_WEIGHTS, Facts, Method, knob
-from lilliput.methods.layers._rectified import activation_name, rectifier_shift
+from lilliput.methods.layers._feed_forward import rectified_names, rectified_parts
 from lilliput.methods.layers._rows import FORMATS, RowLinear
-from lilliput.methods.prune._surgery import plain, refuse_replaced
 from lilliput.methods.quantize._grid import choose_grid, round_to_grid
 from lilliput.methods.quantize._packed import PackedLinear
 from lilliput.methods.quantize.group import fitting_group
 from lilliput.workload import Workload
 
-PROBES = 4  # random inputs on which a part must compute what it is taken for
-TOLERANCE = 1e-3  # relative
 BY_INPUTS = "inputs"  # a gate that reads the rows of inputs that are not zero, in the format of the other rows
 GATES = (*FORMATS, BY_INPUTS)
 
@@ -62,7 +57,7 @@ class SparseFeedForward(nn.Module):
         self.gate_format, self.row_format, self.groups = gate, rows, tuple(groups)
         if taken := [name for name in names if hasattr(self, name)]:
             raise UserError(f"a layer is called {taken[0]!r}, which a sparse feed-forward part needs itself; rename it")
-        self.add_module(names[0], _gate_layer(inputs, neurons, gate, rows, groups[0], biases[0]))
+        self.add_module(names[0], gate_layer(inputs, neurons, gate, rows, groups[0], biases[0]))
         for name, group, bias in list(zip(names, groups, biases))[1:-1]:
             self.add_module(name, RowLinear(inputs, neurons, "outputs", rows, group, bias))
         self.add_module(names[-1], RowLinear(neurons, inputs, "inputs", rows, groups[-1], biases[-1]))
@@ -73,7 +68,7 @@ class SparseFeedForward(nn.Module):
     ) -> SparseFeedForward:
         """The same part with its layers (name -> gate, up if any, down) stored as asked for."""
         names, linears = list(layers), list(layers.values())
-        made: list[Any] = [_stored_gate(linears[0], gate, rows, group)]
+        made: list[Any] = [stored_gate(linears[0], gate, rows, group)]
         made += [RowLinear.from_weight(up.weight, up.bias, "outputs", rows, group) for up in linears[1:-1]]
         made.append(RowLinear.from_weight(linears[-1].weight, linears[-1].bias, "inputs", rows, group))
         inputs, neurons = linears[0].in_features, linears[0].out_features
@@ -130,7 +125,8 @@ class SparseFeedForward(nn.Module):
         return down.plain(hidden).to(x.dtype)
 
 
-def _gate_layer(inputs: int, neurons: int, format: str, rows: str, group: int, bias: bool) -> nn.Module:
+def gate_layer(inputs: int, neurons: int, format: str, rows: str, group: int, bias: bool) -> nn.Module:
+    """An empty gate of one of GATES; `rows` is the format of one by its inputs."""
     if format == BY_INPUTS:
         return RowLinear(inputs, neurons, "inputs", rows, group, bias)
     if format in ("int8", "int4"):
@@ -138,7 +134,8 @@ def _gate_layer(inputs: int, neurons: int, format: str, rows: str, group: int, b
     return RowLinear(inputs, neurons, "outputs", format, 0, bias)
 
 
-def _stored_gate(linear: nn.Linear, format: str, rows: str, group: int) -> nn.Module:
+def stored_gate(linear: nn.Linear, format: str, rows: str, group: int) -> nn.Module:
+    """The gate of a linear layer in one of GATES."""
     weight, columns = linear.weight.detach(), linear.in_features
     if format == BY_INPUTS:
         return RowLinear.from_weight(weight, linear.bias, "inputs", rows, group)
@@ -176,65 +173,11 @@ class SparseFFN(Method):
 
     def targets(self, model: nn.Module) -> Iterator[str]:
         """Names of the feed-forward modules. Raises UserError that says why none can be replaced."""
-        mlps = [block.mlp for block in needs_blocks(model, self.name()).blocks if block.mlp]
-        reasons = {mlp.name: _obstacle(model, mlp) for mlp in mlps}
-        if all(reasons.values()):
-            refuse_replaced(model, [n for m in mlps for n in (*m.into, m.down)], self.name())
-            why = next(iter(reasons.values()), "there is no feed-forward part")
-            raise UserError(f"{self.name()} finds no feed-forward part it can replace in {type(model).__name__}: {why}")
-        yield from (name for name, why in reasons.items() if not why)
+        yield from rectified_names(model, self.name())
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
-        to_linear_(model)
-        mlps = {b.mlp.name: b.mlp for b in needs_blocks(model, self.name()).blocks if b.mlp}
-        for name, settings in layers.items():
-            part = model.get_submodule(name)
-            linears: dict[str, Any] = {
-                n.removeprefix(f"{name}."): model.get_submodule(n) for n in (*mlps[name].into, mlps[name].down)
-            }
-            shift = _shift(model, mlps[name])
-            assert shift is not None
-            _check_same(name, part, list(linears.values()), shift)
+        for part in rectified_parts(model, layers, self.name()):
+            settings = layers[part.name]
             options = settings.gate, settings.rows, settings.group
-            set_module(model, name, SparseFeedForward.from_layers(linears, shift, *options))
+            set_module(model, part.name, SparseFeedForward.from_layers(part.layers, part.shift, *options))
         return model
-
-
-def _shift(model: nn.Module, mlp: Mlp) -> float | None:
-    activation = activation_name(model, mlp)
-    return rectifier_shift(model.get_submodule(activation) if activation else None)
-
-
-def _obstacle(model: nn.Module, mlp: Mlp) -> str:
-    """Why a feed-forward part cannot be replaced, '' when it can."""
-    layers = (*mlp.into, mlp.down)
-    if not all(layer.rpartition(".")[0] == mlp.name for layer in layers) or mlp.name.count(".") < 1:
-        return f"the layers of {mlp.name!r} do not stand in one module"
-    if not plain(model, layers) or (mlp.gated and len(mlp.into) == 1):
-        return f"{mlp.name!r} is not made of separate ordinary linear layers"
-    if any("attention" in type(m).__name__.lower() for m in model.get_submodule(mlp.name).modules()):
-        return f"the layers of {mlp.name!r} stand beside an attention, not in a module of their own"
-    inputs, outputs = in_out(model.get_submodule(mlp.into[0])), in_out(model.get_submodule(mlp.down))
-    if not inputs or not outputs or inputs[0] != outputs[1]:
-        return f"{mlp.name!r} gives another width than it takes"
-    if _shift(model, mlp) is None:
-        name = activation_name(model, mlp)
-        kind = type(model.get_submodule(name)).__name__ if name else "no module of its own"
-        return f"its activation is {kind}, which is never exactly zero; apply layers.relufy and train before"
-    return ""
-
-
-@torch.no_grad()
-def _check_same(name: str, part: nn.Module, linears: list[nn.Linear], shift: float) -> None:
-    """Raises UserError when a module computes something else from its layers than this method takes it for."""
-    gate, *up, down = linears
-    x = torch.randn(1, PROBES, gate.in_features, generator=torch.Generator().manual_seed(0)).to(gate.weight.dtype)
-    hidden = F.relu(gate(x) - shift)
-    for layer in up:
-        hidden = hidden * layer(x)
-    with evaluating(part):
-        found, expected = part(x), down(hidden)
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        raise UserError(f"{name!r} gives something else than one tensor of its input's shape; leave it out")
-    if float((found - expected).abs().max()) > TOLERANCE * float(expected.abs().max()) + 1e-6:
-        raise UserError(f"{name!r} computes something else from its layers than down(relu(gate) * up); leave it out")
