@@ -26,6 +26,7 @@ VALUE = ("v_proj", "v", "value", "v_lin", "to_v", "wv", "v_linear")
 FUSED = ("qkv", "c_attn", "qkv_proj", "in_proj", "to_qkv", "Wqkv")  # rows q | k | v
 OUTPUT = ("o_proj", "out_proj", "out", "o", "proj", "c_proj", "out_lin", "to_out", "wo", "Wo", "dense")
 GATED = (("gate_proj", "up_proj", "down_proj"), ("gate", "up", "down"), ("w1", "w3", "w2"))
+ROUTER, EXPERTS = ("gate", "router"), "experts"
 PLAIN = (("fc1", "fc2"), ("c_fc", "c_proj"), ("lin1", "lin2"), ("linear1", "linear2"), ("up_proj", "down_proj"))
 HEAD_DIM = ("head_dim", "attention_head_size", "dim_head", "d_head")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
@@ -61,11 +62,21 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts: its router gives (logits, weights, chosen), `experts(x, chosen, weights)` the sum."""
+
+    name: str
+    router: str
+    experts: str
+
+
+@dataclass(frozen=True)
 class Block:
     name: str
     index: int
     attention: Attention | None
-    mlp: Mlp | None
+    mlp: Mlp | None  # one that every token runs through, never an expert of a mixture
+    mixture: Mixture | None = None
 
 
 @dataclass(frozen=True)
@@ -201,7 +212,7 @@ def _block(list_name: str, key: str, index: int, module: nn.Module | None) -> Bl
     attention = next((a for n, m in inner[1:] if (a := _attention(n, m, module, name))), None)
     if attention is None and not any("Attention" in type(m).__name__ for _, m in inner[1:]):
         return None
-    return Block(name, index, attention, _mlp(inner, attention))
+    return Block(name, index, attention, _mlp(inner, attention), _mixture(inner))
 
 
 def _attention(name: str, module: nn.Module, block: nn.Module, block_name: str) -> Attention | None:
@@ -246,11 +257,26 @@ def _attribute(module: nn.Module, names: tuple[str, ...]) -> int | None:
 def _mlp(inner: list[tuple[str, nn.Module]], attention: Attention | None) -> Mlp | None:
     """The first feed-forward part outside the attention: by its names, else by two linears that undo each other."""
     outside = [(n, m) for n, m in inner if attention is None or not f"{n}.".startswith(attention.name + ".")]
+    outside = [(n, m) for n, m in outside if f".{EXPERTS}." not in n]
     for finder in (_named_mlp, _bert_mlp, _shaped_mlp):
         found = next((mlp for n, m in outside if (mlp := finder(n, m))), None)
         if found:
             return found
     return None
+
+
+def _mixture(inner: list[tuple[str, nn.Module]]) -> Mixture | None:
+    """The first module with experts and a router beside them."""
+    for name, module in inner:
+        router = next((r for r in ROUTER if _routes(module._modules.get(r))), None)
+        if router and module._modules.get(EXPERTS) is not None:
+            return Mixture(name, f"{name}.{router}", f"{name}.{EXPERTS}")
+    return None
+
+
+def _routes(module: nn.Module | None) -> bool:
+    sizes = (getattr(module, name, None) for name in ("top_k", "num_experts"))
+    return all(isinstance(size, int) for size in sizes)
 
 
 def _named_mlp(name: str, module: nn.Module) -> Mlp | None:
@@ -296,7 +322,7 @@ def _kind(model: nn.Module, blocks: tuple[Block, ...], embedding: str | None) ->
         return "cnn" if has_convolution else "generic"
     if has_convolution or embedding is None:
         return "vit"
-    if any(b.mlp and b.mlp.gated for b in blocks):
+    if any(b.mixture or (b.mlp and b.mlp.gated) for b in blocks):
         return "llama"
     return "gpt2" if _causal(model, blocks) else "bert"
 

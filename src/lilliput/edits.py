@@ -131,6 +131,10 @@ def _compare(name: str, new: nn.Module, old: nn.Module, edits: list[Edit]) -> No
         changed = {k: v for k, v in _scalars(new).items() if before.get(k, _MISSING) != v}
         if changed:
             edits.append({"edit": "attributes", "module": name, "values": changed})
+    _compare_children(name, new, old, edits)
+
+
+def _compare_children(name: str, new: nn.Module, old: nn.Module, edits: list[Edit]) -> None:
     children = dict(old.named_children())
     for child_name, child in new.named_children():
         path = f"{name}.{child_name}" if name else child_name

@@ -10,6 +10,7 @@ WORKS = ("cnn_work", "pointwise_work", "llama_work", "relu_work")
 SMALL = {
     "distill.hidden": {"steps": 4},
     "distill.logits": {"steps": 4},
+    "experts.upcycle": {"experts": 4, "top_k": 2, "steps": 2},
     "factorize.targeted": {"rounds": 1},
     "layers.relufy": {"stage": 2, "sparsity": 0.7},
     "prune.heads": {"ratio": 0.5},

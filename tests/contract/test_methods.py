@@ -307,11 +307,25 @@ def test_the_effect_has_the_promised_sign(name, work_name, applied):
         assert after > max(before, 0.2)
     elif "fewer layers" in effect:
         assert len(float_layers(done.model)) < len(float_layers(done.work.model))
+    elif "fewer weights read" in effect:
+        parts = [done.model.get_submodule(target) for target in done.targets]
+        assert sum(weights_read(part) for part in parts) < sum(
+            weights_read(done.work.model.get_submodule(target)) for target in done.targets
+        )
     elif "wins back quality" in effect:
         assert after == before
         assert distance_after(done) < 0.9 * distance(done.work, damaged(done.work.model))
     else:
         pytest.fail(f"the effect {effect!r} promises nothing that can be measured")
+
+
+def weights_read(part):
+    """Weights that one token multiplies."""
+    total = sum(p.numel() for p in part.parameters())
+    if not hasattr(part, "experts"):
+        return total
+    inside = sum(p.numel() for p in part.experts.parameters())
+    return total - inside + inside * part.gate.top_k // part.gate.num_experts
 
 
 def silent_neurons(work, model):

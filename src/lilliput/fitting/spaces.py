@@ -22,8 +22,9 @@ def build_space(
     progress: Callable[[str], None],
 ) -> Space:
     """The search space of a workload. Raises UserError for a model that no space knows, with what still works."""
-    kind = anatomy(workload.model).kind
-    if workload.kind == "causal_lm" and kind == "llama":
+    parts = anatomy(workload.model)
+    dense = all(block.attention and block.mlp for block in parts.blocks)  # no mixtures of experts
+    if workload.kind == "causal_lm" and parts.kind == "llama" and dense:
         from lilliput.fitting.decoder_space import decoder_space
 
         return decoder_space(

@@ -1,8 +1,9 @@
-"""Feed-forward parts made of ordinary linear layers around a (shifted) ReLU: where they are, why others are none."""
+"""Feed-forward parts made of ordinary linear layers, most around a (shifted) ReLU, and why others are none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,12 @@ def rectified_parts(model: nn.Module, names: Iterable[str], method: str) -> Iter
         }
         shift = _shift(model, mlps[name])
         assert shift is not None
-        _check_same(name, model.get_submodule(name), list(layers.values()), shift)
+        check_same(name, model.get_submodule(name), list(layers.values()), partial(_rectified, shift=shift))
         yield Rectified(name, layers, shift)
+
+
+def _rectified(x: Tensor, shift: float) -> Tensor:
+    return F.relu(x - shift)
 
 
 def _shift(model: nn.Module, mlp: Mlp) -> float | None:
@@ -59,6 +64,15 @@ def _shift(model: nn.Module, mlp: Mlp) -> float | None:
 
 def _obstacle(model: nn.Module, mlp: Mlp) -> str:
     """Why a feed-forward part cannot be replaced, '' when it can."""
+    if (why := structural_obstacle(model, mlp)) or _shift(model, mlp) is not None:
+        return why
+    name = activation_name(model, mlp)
+    kind = type(model.get_submodule(name)).__name__ if name else "no module of its own"
+    return f"its activation is {kind}, which is never exactly zero; apply layers.relufy and train before"
+
+
+def structural_obstacle(model: nn.Module, mlp: Mlp) -> str:
+    """Why a feed-forward part is not one module of separate ordinary linear layers, '' when it is."""
     layers = (*mlp.into, mlp.down)
     if not all(layer.rpartition(".")[0] == mlp.name for layer in layers) or mlp.name.count(".") < 1:
         return f"the layers of {mlp.name!r} do not stand in one module"
@@ -69,19 +83,17 @@ def _obstacle(model: nn.Module, mlp: Mlp) -> str:
     inputs, outputs = in_out(model.get_submodule(mlp.into[0])), in_out(model.get_submodule(mlp.down))
     if not inputs or not outputs or inputs[0] != outputs[1]:
         return f"{mlp.name!r} gives another width than it takes"
-    if _shift(model, mlp) is None:
-        name = activation_name(model, mlp)
-        kind = type(model.get_submodule(name)).__name__ if name else "no module of its own"
-        return f"its activation is {kind}, which is never exactly zero; apply layers.relufy and train before"
     return ""
 
 
 @torch.no_grad()
-def _check_same(name: str, part: nn.Module, linears: list[nn.Linear], shift: float) -> None:
-    """Raises UserError when a module computes something else from its layers than this method takes it for."""
+def check_same(
+    name: str, part: nn.Module, linears: Sequence[nn.Linear], activation: Callable[[Tensor], Tensor]
+) -> None:
+    """Raises UserError when a module computes something else from its layers than down(activation(gate) * up)."""
     gate, *up, down = linears
     x = torch.randn(1, PROBES, gate.in_features, generator=torch.Generator().manual_seed(0)).to(gate.weight.dtype)
-    hidden = F.relu(gate(x) - shift)
+    hidden = activation(gate(x))
     for layer in up:
         hidden = hidden * layer(x)
     with evaluating(part):
@@ -89,4 +101,4 @@ def _check_same(name: str, part: nn.Module, linears: list[nn.Linear], shift: flo
     if not isinstance(found, Tensor) or found.shape != expected.shape:
         raise UserError(f"{name!r} gives something else than one tensor of its input's shape; leave it out")
     if float((found - expected).abs().max()) > TOLERANCE * float(expected.abs().max()) + 1e-6:
-        raise UserError(f"{name!r} computes something else from its layers than down(relu(gate) * up); leave it out")
+        raise UserError(f"{name!r} computes something else than down(activation(gate) * up); leave it out")

@@ -135,7 +135,9 @@ class Gpfq(Method):
 
     def targets(self, model: nn.Module) -> Iterator[str]:
         plan = anatomy(model)
-        yield from (n for n in codable(model) if not (plan.tied and n == plan.head))  # an embedding is no product
+        left = {plan.head} if plan.tied else set()  # an embedding is no product
+        routed = tuple(f"{b.mixture.experts}." for b in plan.blocks if b.mixture)  # other tokens in each model
+        yield from (n for n in codable(model) if n not in left and not n.startswith(routed))
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         workload = need_workload(workload, self.name(), "to follow the inputs of every layer")
