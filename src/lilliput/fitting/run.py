@@ -257,11 +257,11 @@ class Job:
         return self._by_quality()[0]
 
     def _by_quality(self) -> list[dict[str, Any]]:
-        """Candidates that stay `SAFETY` inside every limit by damage, then the others by how far they are out."""
+        """Candidates that stay half of `SAFETY` inside every limit by damage, then the others by how far they are out."""
 
         def key(c: dict[str, Any]) -> tuple[float, float]:
             slack = self.budget.slack(c["measured"])
-            return sum(max(0.0, SAFETY * (k != "drop") - s) for k, s in slack.items()), c["damage"]
+            return sum(max(0.0, SAFETY / 2 * (k != "drop") - s) for k, s in slack.items()), c["damage"]
 
         return sorted(self.run.candidates(), key=key)
 

@@ -215,7 +215,7 @@ def test_what_it_cannot_do_is_refused_with_the_way_out(mixture, deep_work, ids):
         RoE().routes(mixture, (0, 0, 0, -1.0))
     with pytest.raises(UserError, match=r"experts\.upcycle"):
         written(deep_work.model, ids, RoE())
-    with pytest.raises(UserError, match="roster of experts can take one prompt"):
+    with pytest.raises(UserError, match="this decoder takes one prompt"):
         mixture.generate(ids.repeat(2, 1), custom_generate=RoE(), max_new_tokens=2)
     with pytest.raises(UserError, match="keeps its own keys"):
         written(mixture, ids, RoE(), past_key_values=DynamicCache())
