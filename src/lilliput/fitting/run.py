@@ -257,7 +257,7 @@ class Job:
         return self._by_quality()[0]
 
     def _by_quality(self) -> list[dict[str, Any]]:
-        """Candidates that stay half of `SAFETY` inside every limit by damage, then the others by how far they are out."""
+        """Candidates that stay half of `SAFETY` inside every limit by damage, then others by how far they are out."""
 
         def key(c: dict[str, Any]) -> tuple[float, float]:
             slack = self.budget.slack(c["measured"])

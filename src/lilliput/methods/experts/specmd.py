@@ -161,7 +161,7 @@ def shell_of(experts: Any) -> nn.Module:
         return copy.deepcopy(experts[0]).to("meta")
     if not all(getattr(experts, name, None) is value for name, value in FUSED.items()):
         raise UserError(f"{NAME} does not know how the experts of a {type(experts).__name__} are stored")
-    _, width, neurons = experts.down_proj.shape
+    _, width, neurons = experts.down_proj.shape  # pyright: ignore
     with torch.device("meta"):
         return FusedExpert(width, neurons, experts.act_fn)
 
