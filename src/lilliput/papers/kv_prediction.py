@@ -123,8 +123,8 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
         figure=summary(found, margins, ratios, effort),
         limits="Next-token loss on plain text, not TriviaQA and HumanEval; a model of 3 million parameters, which "
         "uses little of what stands more than some 60 tokens back: behind long prompts there is hardly anything to win "
-        "over the last tokens. The training is a million times shorter. The small models are copies of the model's own "
-        "blocks only. The prompt is pruned by place and at random, not by attention. The predictor of SmolLM2-135M is "
+        "over the last tokens. The training is 100,000 times shorter or more. The small models are copies of its own "
+        "blocks alone. The prompt is pruned by place and at random, not by attention. The predictor of SmolLM2-135M is "
         "not trained: its time does not depend on that.",
     )
 
