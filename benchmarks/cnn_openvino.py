@@ -37,7 +37,7 @@ FOLDER = Path("runs/cnn_openvino")
 MINUTES = {"resnet-medium": 5, "mobilenet-medium": 5, "resnet-small": 3, "mobilenet-small": 3}  # of each fit
 SHARES = {"resnet-medium": 0.8, "mobilenet-medium": 0.83, "resnet-small": 0.85, "mobilenet-small": 0.85}  # of int8
 PRUNED = {  # uniformly, so that the latency is near that of the fit
-    "resnet-medium": 0.1875,
+    "resnet-medium": 0.25,
     "mobilenet-medium": 0.25,
     "resnet-small": 0.25,
     "mobilenet-small": 0.25,

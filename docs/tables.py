@@ -184,18 +184,29 @@ def _with_spread(row: dict[str, Any], key: str) -> str:
 
 def results_page() -> str:
     """Every row of every benchmark."""
-    return f"{NOTICE}\n\n# Results\n\n{results_part(10**9)}\n"
+    sections = [result_section(script, result_files(script)) for script in benchmark_scripts()]
+    return "\n\n".join([NOTICE, "# Results", *sections]) + "\n"
 
 
-def results_part(longest: int = LONGEST) -> str:
-    """For every benchmark: what it asks, and its CSV files as tables, those of at most `longest` rows."""
-    parts = []
-    for script in benchmark_scripts():
-        docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or script.stem
-        parts.append(f"{docstring.splitlines()[0]} Written by `python benchmarks/{script.name}`.")
-        found = [f"`results/{path.name}`\n\n{results_table(path, longest)}" for path in result_files(script)]
-        parts += found or [f"Results: {NOT_RECORDED}."]
-    return "\n\n".join(parts)
+def results_part() -> str:
+    """The recorded tables that are short enough for the README, and what the benchmarks of the others ask."""
+    scripts = {script: result_files(script) for script in benchmark_scripts()}
+    short = {script: files for script, files in scripts.items() if files and all(map(is_short, files))}
+    parts = [result_section(script, files) for script, files in short.items()]
+    others = [f"- {question(script)}" for script, files in scripts.items() if files and script not in short]
+    return "\n\n".join([*parts, *(["In [all results](docs/results.md):", "\n".join(others)] if others else [])])
+
+
+def result_section(script: Path, files: Sequence[Path]) -> str:
+    """What a benchmark asks, and the files that it wrote as tables."""
+    tables = [f"`results/{path.name}`\n\n{results_table(path)}" for path in files]
+    head = f"{question(script)} Written by `python benchmarks/{script.name}`."
+    return "\n\n".join([head, *(tables or [f"Results: {NOT_RECORDED}."])])
+
+
+def question(script: Path) -> str:
+    """The first line of a benchmark's docstring."""
+    return (ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or script.stem).splitlines()[0]
 
 
 def benchmark_scripts() -> list[Path]:
@@ -216,15 +227,21 @@ def missing_results() -> list[str]:
     return missing + ([] if paper_evidence() else ["results/papers.json"])
 
 
-def results_table(path: Path, longest: int = LONGEST) -> str:
-    """A CSV as a table: medians over seeds, and what is equal in all rows below it; a link when it is too long."""
+def result_rows(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of a CSV, medians over seeds where it has some, and what that says."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        return over_seeds(list(csv.DictReader(file)))
+
+
+def is_short(path: Path) -> bool:
+    return len(result_rows(path)[0]) <= LONGEST
+
+
+def results_table(path: Path) -> str:
+    """A CSV as a table; what is equal in all rows stands below it."""
+    rows, notes = result_rows(path)
     if not rows:
         return f"Results: {NOT_RECORDED}."
-    rows, notes = over_seeds(rows)
-    if len(rows) > longest:
-        return f"{len(rows)} rows, see [all results](docs/results.md)."
     common = {k: v for k, v in rows[0].items() if len(rows) > 1 and all(row[k] == v for row in rows) and v}
     empty = {k for k in rows[0] if not any(row[k] for row in rows)}
     columns = [k for k in rows[0] if k not in common and k not in empty]

@@ -78,16 +78,20 @@ def test_results_are_shown_as_recorded(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
     (tmp_path / "benchmarks" / "race.py").write_text('"""Who is first?"""\nif __name__ == "__main__":\n    pass\n')
     (tmp_path / "benchmarks" / "helper.py").write_text('"""Not a benchmark."""\n')
-    assert "not recorded" in tables.results_part()
+    assert "not recorded" in tables.results_page()
+    assert not tables.results_part()
     assert tables.missing_results() == ["results/race*.csv", "results/papers.json"]
     rows = ["seed,who,ms,runtime", "0,a,1.0,torch", "1,a,3.0,torch", "2,a,2.00001,torch", "0,b|c,9,torch"]
     (tmp_path / "results" / "race.tiny.csv").write_text("\n".join(rows) + "\n")
     (tmp_path / "results" / "racer.csv").write_text("x\n1\n")
     part = tables.results_part()
+    assert part in tables.results_page()
     assert "| who | ms |\n| --- | --- |\n| a | 2 |\n| b\\|c | 9 |" in part
     assert "medians over 3 seeds; runtime torch." in part
     assert "not recorded" not in part
     assert "racer" not in part
+    monkeypatch.setattr(tables, "LONGEST", 1)
+    assert tables.results_part().endswith("- Who is first?")
 
 
 def test_evidence_is_shown_as_recorded(tmp_path, monkeypatch):

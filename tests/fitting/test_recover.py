@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from lilliput.fitting.recover import HARD, TIMED_STEPS, recover, recovering
+from lilliput.fitting.recover import HARD, TIMED_STEPS, compensate, recover, recovering
 from lilliput.methods.distill.logits import Logits
 from lilliput.methods.prune.channels import Channels
+from lilliput.methods.quantize.group import Group
+from lilliput.methods.quantize.int8 import Int8
 from lilliput.methods.quantize.int8_static import Int8Static
+from lilliput.metrics.size import state_bytes
 from lilliput.plan import Plan, Step
 
 
@@ -55,3 +58,23 @@ def test_the_plan_of_a_recovery_gives_the_same_model(cnn_work, monkeypatch):
         assert torch.equal(a, b)
     before = Plan([Step(Channels(ratio=0.5))]).apply(cnn_work).state_dict()
     assert not all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_rounding_is_made_good_in_the_same_formats(llama_work):
+    first, second, *_ = Group().targets(llama_work.model)
+    plan = Plan([Step(Int8(), {second: {}}), Step(Group(bits=3, group=32), {first: {"bits": 2}})])
+    found = compensate(llama_work, plan, 60)
+    assert found is not None
+    better, model = found
+    assert [s.method.name() for s in better.steps] == ["quantize.int8", "quantize.gptq"]
+    rounded = plan.apply(llama_work)
+    assert state_bytes(model.state_dict()) == state_bytes(rounded.state_dict())
+    assert not torch.equal(model.state_dict()[f"{first}.codes"], rounded.state_dict()[f"{first}.codes"])
+    assert torch.equal(model.state_dict()[f"{second}.codes"], rounded.state_dict()[f"{second}.codes"])
+    again = Plan.from_yaml(better.to_yaml()).apply(llama_work)
+    assert torch.equal(model.state_dict()[f"{first}.codes"], again.state_dict()[f"{first}.codes"])
+
+
+def test_nothing_rounded_and_no_time_is_nothing_made_good(llama_work):
+    assert compensate(llama_work, Plan([Step(Int8())]), 60) is None
+    assert compensate(llama_work, Plan([Step(Group())]), 0.0) is None

@@ -1,7 +1,9 @@
-"""Step 6: win back quality by distillation from the original, between the structural steps and quantization."""
+"""Step 6: win back quality: by distillation from the original, between the structural steps and quantization, and by
+making good the errors of rounding."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ from torch import nn
 from lilliput.device import Device
 from lilliput.method import STAGES
 from lilliput.methods.distill.logits import Logits
+from lilliput.methods.quantize.gptq import Gptq
+from lilliput.methods.quantize.group import Group
 from lilliput.plan import Plan, Step
 from lilliput.workload import Workload
 
@@ -21,6 +25,7 @@ HARD = 0.5  # share of the labels in the loss: on Fashion-MNIST worth 0.3 points
 LR = 2e-3
 TIMED_STEPS = (4, 24)  # the first ones are slower: products are prepared
 SHORTEST_S = 20.0  # of recovery that is worth its preparation
+COMPENSATION_S = 0.4  # per million parameters, at most
 
 
 @cache
@@ -66,6 +71,26 @@ def recover(workload: Workload, plan: Plan, seconds: float) -> tuple[Plan, nn.Mo
     steps = TIMED_STEPS[0] + int((seconds - 2 * with_few - with_more) / per_step)
     longer = recovering(plan, workload, steps=steps) if steps > TIMED_STEPS[1] else None
     return (longer, longer.apply(workload)) if longer else None
+
+
+def compensate(workload: Workload, plan: Plan, seconds: float) -> tuple[Plan, nn.Module] | None:
+    """Build the plan with GPTQ where it rounds to groups: the same formats, each error made good by later columns.
+
+    None when nothing is rounded to groups, or when the time is too short for it.
+    """
+    better = compensating(plan)
+    needed = COMPENSATION_S * sum(p.numel() for p in workload.model.parameters()) / 1e6
+    return (better, better.apply(workload)) if better and needed < seconds else None
+
+
+def compensating(plan: Plan) -> Plan | None:
+    """The plan with every `Group` replaced by `Gptq` of the same settings; None without any."""
+    steps = [Step(_compensated(s.method), s.layers) if isinstance(s.method, Group) else s for s in plan.steps]
+    return Plan(steps) if steps != plan.steps else None
+
+
+def _compensated(method: Group) -> Gptq:
+    return Gptq(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
 
 
 def _seconds(plan: Plan, workload: Workload) -> float:

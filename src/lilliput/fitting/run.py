@@ -22,7 +22,7 @@ from lilliput.fitting.outcome import outcome
 from lilliput.fitting.predict import Predictor, Sample, violation
 from lilliput.fitting.progress import Progress
 from lilliput.fitting.record import Run, fresh_folder, summary
-from lilliput.fitting.recover import all_cores, recover
+from lilliput.fitting.recover import all_cores, compensate, recover
 from lilliput.fitting.report.page import write_report
 from lilliput.fitting.request import Options, read_options, remembered
 from lilliput.fitting.search import lagrangian_seeds, ranked, search
@@ -41,6 +41,7 @@ RESERVE = 2.6  # times what measuring took: kept for verification and the report
 RECOVERY = 0.5  # share kept for recovery by distillation where candidates change structure
 FRONT = (0.75, 0.5, 0.35, 1.25)  # shares of the budget whose optima are built too: they show the front, teach the costs
 TRIES = 6  # genomes timed in a round before one is healed and judged, where that takes long
+RECOVERIES = {"recovering by distillation": recover, "making good the rounding": compensate}
 PATIENCE = 3  # rounds without a better candidate that end the search
 
 
@@ -266,21 +267,25 @@ class Job:
         return sorted(self.run.candidates(), key=key)
 
     def recover(self, best: dict[str, Any]) -> tuple[Plan, nn.Module]:
-        """Step 6: distil the best for the time that is left; keep it only when the validation says it is better."""
-        plan = Plan.from_yaml(best["plan"])
-        self.progress.step("recovering by distillation")
-        with all_cores():
-            tried = recover(self.workload, plan, self._left_to_recover()) if self.options.recover else None
-        if tried is not None:
-            subject = tried[1]
-            if self.workload.kind != "causal_lm":
-                subject = self.runtime.prepare(tried[1], self.workload, self.threads)
-            if self.judge.judge(subject).damage < best["damage"]:
-                self._timed("recover")
-                return tried
+        """Step 6: distil the best for the time that is left, and make good the errors of its rounding.
+
+        Each is kept only when the validation says it is better.
+        """
+        plan, model, damage = Plan.from_yaml(best["plan"]), None, best["damage"]
+        for text, attempt in RECOVERIES.items() if self.options.recover else ():
+            self.progress.step(text)
+            with all_cores():
+                found = attempt(self.workload, plan, self._left_to_recover())
+            if found is not None and (better := self._damage(found[1])) < damage:
+                (plan, model), damage = found, better
         self._timed("recover")
         with all_cores():
-            return plan, plan.apply(self.workload)
+            return plan, model or plan.apply(self.workload)
+
+    def _damage(self, model: nn.Module) -> float:
+        """Of a model, as it serves, on the validation data."""
+        served = self.workload.kind != "causal_lm"
+        return self.judge.judge(self.runtime.prepare(model, self.workload, self.threads) if served else model).damage
 
     def hand_over(self) -> Fitted:
         """Steps 7 and 8: prove the best candidate in a fresh process, verify on untouched data, save, report.

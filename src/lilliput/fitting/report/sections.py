@@ -11,6 +11,10 @@ from lilliput.fitting.report.drawing import Record
 from lilliput.metrics.latency import QUIET
 
 LISTED_CLASSES = 10
+RECOVERIES = {
+    "distill.logits": "distillation from the original",
+    "quantize.gptq": "GPTQ in the place of plain rounding",
+}
 
 
 def cards(record: Record) -> list[dict[str, Any]]:
@@ -225,10 +229,12 @@ def _candidate(record: Record, c: Record, keys: list[str]) -> dict[str, Any]:
     }
 
 
-def recovered(record: Record) -> bool:
-    """Whether the model handed over is another one than the candidate that was chosen."""
+def recovered(record: Record) -> str:
+    """How the model handed over was made better than the candidate that was chosen; empty when it was not."""
     chosen = next((c for c in record.get("candidates") or [] if c["number"] == record.get("chosen")), None)
-    return chosen is not None and chosen["plan"] != record["plan"]
+    if chosen is None or chosen["plan"] == record["plan"]:
+        return ""
+    return " and ".join(how for name, how in RECOVERIES.items() if name in record["plan"])
 
 
 def steps(record: Record) -> list[dict[str, Any]]:
