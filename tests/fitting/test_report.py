@@ -1,6 +1,7 @@
 """The report: self-contained, safe with any text, true to the record, whole with parts of the record missing."""
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from lilliput.fitting.decoder_space import decoder_space
 from lilliput.fitting.layers import bytes_by_part
 from lilliput.fitting.predict import Predictor
 from lilliput.fitting.report import charts, sections, words
-from lilliput.fitting.report.front import drop_of_damage, front, pareto
+from lilliput.fitting.report.front import MOST_TICKS, drop_of_damage, front, pareto
 from lilliput.fitting.report.heat import heat, strength
 from lilliput.fitting.report.labels import Label, place
 from lilliput.fitting.report.page import as_json, render, write_report
@@ -284,6 +285,15 @@ def test_the_front_stands_at_the_measured_places(decoder):
     ticks = dict(zip(figure["layout"]["yaxis"]["ticktext"], figure["layout"]["yaxis"]["tickvals"]))
     assert ticks["1 %"] < traces["same setting everywhere"]["y"][1] < ticks["20 %"]  # 15.3 %
     assert list(front(decoder)) == ["token_ms", "memory_bytes", "size_bytes"]
+
+
+def test_a_ruined_candidate_leaves_the_others_their_room(decoder):
+    before = front(decoder)["memory_bytes"]["layout"]["yaxis"]
+    decoder["candidates"][-1]["measured"]["drop"] = 1e7
+    after = front(decoder)["memory_bytes"]["layout"]["yaxis"]
+    assert after["range"][1] < 2.5 * before["range"][1]  # 1e7 would take it to 5 times
+    apart = [b - a for a, b in itertools.pairwise(sorted(after["tickvals"]))]
+    assert min(apart) >= (after["range"][1] - after["range"][0]) / MOST_TICKS
 
 
 def test_a_drop_limit_bounds_the_region(classifier):

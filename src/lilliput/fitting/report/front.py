@@ -15,7 +15,9 @@ RIVAL, SEARCHED, REGION = "#b45a0a", "rgba(95,112,136,0.30)", "rgba(15,118,110,0
 WIDTH, HEIGHT = 980, 380  # pixels of the plotting area that labels are placed for
 KNEE = 0.005  # quality drop at which the wide axis turns from linear to logarithmic
 WIDE = 0.05  # a larger drop is shown on that axis, smaller ones on a linear axis
-TICKS = (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100, 1e3, 1e4, 1e5, 1e6)
+MOST_TICKS = 18  # that have room on an axis
+HOPELESS = 10.0  # drop above which a point lies outside the picture, which would show nothing else
+TICKS = (0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 100)
 BUILT, RIVALS, ORIGINAL, CHOSEN = "joint search, built", "same setting everywhere", "original", "chosen"
 VERIFIED = "fitted, verified on test data"
 STYLES: dict[str, dict[str, Any]] = {
@@ -88,7 +90,7 @@ def _view(record: Record, key: str, found: Sequence[Point]) -> tuple[View, str]:
     """The view that holds all measured points and the limits, with the unit of the costs."""
     limit, drop_limit = record["limits"].get(key), record["limits"].get("drop")
     costs = [p.cost for p in found] + ([limit] if limit is not None else [])
-    drops = [0.0, *(p.drop for p in found)] + ([drop_limit] if drop_limit is not None else [])
+    drops = [0.0, *(min(p.drop, HOPELESS) for p in found)] + ([drop_limit] if drop_limit is not None else [])
     scale, unit = words.unit_of(key, costs)
     turn: Callable[[float], float] = (lambda d: math.asinh(d / KNEE)) if max(drops) > WIDE else (lambda d: d)
     x, y = padded([c / scale for c in costs], 0.09), padded([turn(d) for d in drops], 0.12)
@@ -226,7 +228,11 @@ def _ticks(view: View) -> dict[str, Any]:
     """Round percentages; on the wide axis they are set by hand."""
     if view.turn(WIDE) == WIDE:
         return {"tickformat": ".3~p"}
-    ticks = sorted({*TICKS, *(-t for t in TICKS)})
-    inside = [t for t in ticks if view.y[0] <= view.turn(t) <= view.y[1]]
+    room = (view.y[1] - view.y[0]) / MOST_TICKS
+    inside: list[float] = []
+    for tick in sorted({*TICKS, *(-t for t in TICKS)}, key=abs):
+        far = all(abs(view.turn(tick) - view.turn(other)) >= room for other in inside)
+        if far and view.y[0] <= view.turn(tick) <= view.y[1]:
+            inside.append(tick)
     texts = [f"{100 * t:.3g} %".replace("-", "−") for t in inside]
     return {"tickmode": "array", "tickvals": [view.turn(t) for t in inside], "ticktext": texts, "color": MUTED}
