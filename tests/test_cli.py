@@ -24,6 +24,7 @@ COMMANDS = (
     "fit",
     "measure",
     "apply",
+    "audit",
     "generate",
     "export",
     "methods",

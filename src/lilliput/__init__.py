@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lilliput import methods as methods
     from lilliput.artifact import load as load
     from lilliput.artifact import save as save
+    from lilliput.auditing import audit as audit
     from lilliput.budget import Budget as Budget
     from lilliput.device import Device as Device
     from lilliput.errors import UserError as UserError
@@ -31,6 +32,7 @@ _HOMES = {
     "Step": "plan",
     "UserError": "errors",
     "Workload": "workload",
+    "audit": "auditing",
     "fit": "fitting.run",
     "load": "artifact",
     "measure": "measuring",

@@ -157,6 +157,47 @@ def measure(
     _show(measured.to_json(), str(measured), as_json)
 
 
+@app.command()
+def audit(
+    fitted: Annotated[str, typer.Argument(help="Artifact, or a model as in --against.")],
+    against: Annotated[str, typer.Option(help="The original: zoo name, folder, GGUF file or artifact.")],
+    data: Annotated[
+        Path | None, typer.Option(help="What both are judged by: text, or a .safetensors file; see `lilliput measure`.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file of prompts for a language model, one a line.")] = None,
+    only: Annotated[str, typer.Option(help="Comma-separated audits, e.g. groups,membership; default: all.")] = "",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What a change harmed beyond the score; exit code 1 when harm was found."""
+    import lilliput as lp
+    from lilliput.errors import UserError
+
+    workload, judged = _subject(against, data)
+    if not judged:
+        raise UserError(f"no data to judge {against!r} by is known; give some with --data")
+    if prompts:
+        workload.prompts = read_prompts(prompts)
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    found = lp.audit(workload, _subject(fitted, data)[0].model, names or None)
+    _show(found.to_json(), str(found), as_json)
+    if found.harmed:
+        raise typer.Exit(1)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that hold something."""
+    from lilliput.errors import UserError
+
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompts {str(path)!r} cannot be read: {error}") from None
+    if not found:
+        raise UserError(f"the prompts {str(path)!r} are empty; give one a line")
+    return found
+
+
 def _subject(name: str, data: Path | None):
     """The workload of a name, a folder or an artifact, and whether there is data to judge it by."""
     import lilliput as lp

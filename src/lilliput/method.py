@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import fnmatch
 import importlib
+import math
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from lilliput.workload import Workload
 
-STAGES = ("initialize", "prune", "factorize", "tokens", "depth", "train", "distill", "quantize", "serve")
+STAGES = ("initialize", "prune", "factorize", "tokens", "depth", "train", "distill", "quantize", "serve", "audit")
 
 # What can be true of a layer's weights or of the whole model. A method `needs` some, `gives` some, `takes` some away.
 FLOAT_WEIGHTS = "float weights"
@@ -36,6 +37,9 @@ BLOCK_COUNT = "block count"
 EXACT_OUTPUT = "exact output"
 
 NONE, UNLABELLED, LABELLED = "none", "unlabelled", "labelled"
+
+# What an audit says of each change and of all together.
+HARM, NO_HARM, UNSURE = "harm found", "no harm found", "cannot tell (too few examples)"
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,69 @@ class Decoder(Settings):
 
     def __call__(self, model: Any, input_ids: Tensor, **call: Any) -> Tensor:
         """Token ids (1, length) of prompt and continuation; `call` is what transformers hands to its own loops."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Change:
+    """One quantity before and after; `low`..`high` is the interval of after - before, seen on `n` examples.
+
+    The verdict is empty where the quantity only explains others.
+    """
+
+    name: str
+    before: float
+    after: float
+    low: float
+    high: float
+    n: int
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an audit found: a verdict, one sentence, the changes behind it (the worst first), and what explains them."""
+
+    audit: str
+    verdict: str
+    summary: str
+    changes: tuple[Change, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)  # plain data: tables, indices of examples
+
+    def change(self, name: str) -> Change:
+        """The change of one quantity."""
+        return next(c for c in self.changes if c.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; an interval without an end has None there."""
+        found = dataclasses.asdict(self)
+        for change in found["changes"]:
+            change |= {end: value if math.isfinite(value := change[end]) else None for end in ("low", "high")}
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.audit}: {self.verdict}. {self.summary}"
+
+
+@dataclass(frozen=True)
+class Audit(Settings):
+    """Looks for what a change did to a model beyond its score; it changes nothing."""
+
+    facts: ClassVar[Facts]
+    paper: ClassVar[str] = ""  # slug of the paper this implements, if any
+
+    def supports(self, workload: Workload, model: Any) -> list[str]:
+        """Why the audit cannot be made of such a model on this workload; empty when it can."""
+        return []
+
+    def require(self, workload: Workload, model: Any) -> None:
+        """Raise UserError with the reasons when the audit cannot be made."""
+        reasons = self.supports(workload, model)
+        if reasons:
+            raise UserError(f"{self.name()} cannot audit {workload.name!r}: {'; '.join(reasons)}")
+
+    def check(self, workload: Workload, before: Any, after: Any) -> Findings:
+        """Compare the changed model with the original. Raises UserError for what the audit does not support."""
         raise NotImplementedError
 
 

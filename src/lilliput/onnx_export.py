@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating, tensors_in
-from lilliput.workload import Batch, Workload
+from lilliput.workload import Batch, Workload, is_input
 
 OPSET = 19  # the first in which the reference evaluator knows DequantizeLinear
 LARGEST_BYTES = 2**31 - 1  # what one ONNX file can hold
@@ -63,7 +63,7 @@ def workload_onnx(model: nn.Module, workload: Workload, dynamic_batch: bool = Tr
 
 def inputs_of(batch: Batch) -> Batch:
     """A batch without what the model does not see."""
-    return {name: value for name, value in batch.items() if name != "label"}
+    return {name: value for name, value in batch.items() if is_input(name)}
 
 
 def onnx_bytes(model: nn.Module, batch: Batch, forward: Forward, dynamic_batch: bool = True) -> bytes:

@@ -24,8 +24,9 @@ def artifact_workload(folder: str | Path, data: str | Path | None = None) -> tup
     """The workload of any artifact around its fitted model, and whether its data can judge the model.
 
     `data` is text for a language model (a .txt file or a folder of them), for a classifier a .safetensors file with
-    `input` (n, ...) and `label` (n,). Without it a language model reads the text that the zoo has, and a classifier of
-    the zoo its own pictures; any other has its example alone, which judges nothing. Raises UserError.
+    `input` (n, ...), `label` (n,) and perhaps `group` or `group.<name>` (n,). Without it a language model reads the
+    text that the zoo has, and a classifier of the zoo its own pictures; any other has its example alone, which judges
+    nothing. Raises UserError.
     """
     folder = Path(folder)
     architecture = read_architecture(folder)
@@ -72,7 +73,18 @@ def _labelled(path: Path) -> list[Batch]:
     if not given or labels.ndim != 1 or labels.shape != inputs.shape[:1] or not len(labels):
         shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         raise UserError(f"{str(path)!r} holds {shapes}; {_FORM}")
-    return [{"input": x, "label": y} for x, y in zip(inputs.split(PICTURES_BATCH), labels.long().split(PICTURES_BATCH))]
+    groups = {key: tensor.long() for key, tensor in tensors.items() if key.partition(".")[0] == "group"}
+    wrong = [key for key, tensor in groups.items() if tensor.shape != labels.shape]
+    if wrong:
+        raise UserError(f"{str(path)!r}: {wrong[0]!r} has the shape {tuple(groups[wrong[0]].shape)}; {_FORM}")
+    columns = {"input": inputs, "label": labels.long()} | groups
+    return [
+        {key: tensor[i : i + PICTURES_BATCH] for key, tensor in columns.items()}
+        for i in range(0, len(labels), PICTURES_BATCH)
+    ]
 
 
-_FORM = "a classifier's data is a .safetensors file with `input` (n, ...) and `label` (n,)"
+_FORM = (
+    "a classifier's data is a .safetensors file with `input` (n, ...) and `label` (n,), perhaps `group` or "
+    "`group.<name>` (n,) for audits"
+)

@@ -16,6 +16,11 @@ Batch = dict[str, Tensor]
 SPLITS = ("calibration", "validation", "test")
 
 
+def is_input(key: str) -> bool:
+    """Whether a batch's tensor of this name goes into the model: all but `label`, `group` and `group.<name>`."""
+    return key != "label" and key.partition(".")[0] != "group"
+
+
 @dataclass(frozen=True)
 class Metric:
     """How outputs become a score.
@@ -74,7 +79,8 @@ class Score:
 @dataclass
 class Workload:
     """What is fitted. Build one with `.causal_lm`, `.classifier` or `.from_name`, or subclass: override `forward`, and
-    `loss` when training needs another one. Batches are dictionaries of tensors whose first dimension is the batch."""
+    `loss` when training needs another one. Batches are dictionaries of tensors whose first dimension is the batch.
+    Audits look at the integers `group` or `group.<name>` of the test batches, which no model sees."""
 
     model: nn.Module
     calibration: Sequence[Batch]  # unlabelled use is enough
@@ -86,6 +92,7 @@ class Workload:
     name: str = "model"
     source: dict[str, Any] = field(default_factory=dict)  # how the unchanged architecture is built: see artifact
     tokenizer: Any = None
+    prompts: Sequence[str] = ()  # what `audit.language` asks
     kind = "custom"
 
     def __post_init__(self):
@@ -95,7 +102,7 @@ class Workload:
 
     def forward(self, model: Any, batch: Batch) -> Tensor:
         """Logits of one batch; `model` is a module or a runtime's session."""
-        inputs = {k: v for k, v in batch.items() if k != "label"}
+        inputs = {k: v for k, v in batch.items() if is_input(k)}
         return model(**inputs)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -22,6 +22,7 @@ from lilliput.fitting.report.front import MOST_TICKS, drop_of_damage, front, par
 from lilliput.fitting.report.heat import heat, strength
 from lilliput.fitting.report.labels import Label, place
 from lilliput.fitting.report.page import as_json, render, write_report
+from lilliput.method import Change, Findings
 from lilliput.methods.quantize.group import Group
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
@@ -96,7 +97,7 @@ def decoder():
             "score_after": score("perplexity", 14.946),
             "drop": 0.0024,
             "difference": {"mean": 0.0024, "low": 0.0016, "high": 0.0033},
-            "changed_tokens": 0.031,
+            "audits": audits(language=[change("all text", 2.7, 2.702, 64), change("changed tokens", 0, 0.031, 64)]),
         },
         "front": [
             {"token_ms": 12.0 + i, "memory_bytes": (200 + 9 * i) * 1e6, "damage": 0.1 / (1 + i)} for i in range(9)
@@ -112,6 +113,16 @@ def decoder():
         "threads": 2,
         "modelled": [],
     }
+
+
+def change(name, before, after, n):
+    return Change(name, before, after, after - before - 0.01, after - before + 0.01, n, "no harm found")
+
+
+def audits(**changes):
+    """What audits wrote into a record."""
+    found = [Findings(f"audit.{k}", "harm found", f"seen by {k}", tuple(v)).to_json() for k, v in changes.items()]
+    return {"findings": found}
 
 
 @pytest.fixture
@@ -139,11 +150,13 @@ def classifier(decoder):
         "score_after": score("accuracy", 92.8, "%"),
         "drop": 0.0117,
         "difference": {"mean": -1.1, "low": -2.0, "high": -0.2},
-        "flipped": 0.034,
-        "calibration": [0.021, 0.034],
-        "classes": [{"label": i, "count": 80, "before": 0.95, "after": 0.85 + 0.02 * i} for i in range(12)],
     }
-    del record["verify"]["changed_tokens"]
+    found = [change(f"class {i}", 0.95, 0.85 + 0.02 * i, 80) for i in range(12)]
+    record["verify"]["audits"] = audits(
+        exemplars=[change("changed answers", 0, 0.034, 800)],
+        calibration=[change("calibration error", 0.021, 0.034, 800)],
+        groups=found,
+    )
     return record
 
 
@@ -398,6 +411,23 @@ def test_what_got_worse_names_costs_that_rose(decoder):
     assert tiles["time to first token"] == "90 ms → 98 ms"
     assert tiles["perplexity"] == "14.91 → 14.95"
     assert "memory" not in tiles
+
+
+def test_audits_stand_with_their_verdicts(classifier, without_plotly):
+    page = Page(render(classifier))
+    for part in ("audit.groups", "harm found", "seen by exemplars", "class 11", "3.4 %"):
+        assert part in page.text, part
+    assert {
+        "name": "audit.groups",
+        "verdict": "harm found",
+        "mark": "bad",
+        "text": "seen by groups",
+    } in sections.audits(classifier)
+    first = sections.classes(classifier)["first"][0]
+    assert (first["label"], first["count"], first["between"]) == ("class 0", 80, "−11 … −9")
+    del classifier["verify"]["audits"]
+    assert sections.audits(classifier) == []
+    assert sections.classes(classifier) is None
 
 
 def test_the_direction_of_the_metric_follows_from_the_drop(decoder, classifier):

@@ -2,15 +2,15 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lilliput.errors import UserError
 from lilliput.metrics.quality import (
-    ClassChange,
     calibration_error,
     changed_tokens,
-    class_changes,
     flipped_answers,
     paired_difference,
+    reliability,
 )
 
 
@@ -45,16 +45,6 @@ def test_changed_tokens():
         changed_tokens(before, after[:1])
 
 
-def test_class_changes_come_worst_first():
-    labels = torch.tensor([0, 0, 1, 1, 2])
-    changes = class_changes(_logits(0, 0, 1, 0, 1, classes=4), _logits(0, 1, 1, 1, 2, classes=4), labels)
-    assert changes == [
-        ClassChange(0, 2, 1.0, 0.5),
-        ClassChange(1, 2, 0.5, 1.0),
-        ClassChange(2, 1, 0.0, 1.0),
-    ]
-
-
 def _expected_calibration_error(logits, labels, bins):
     """The definition, in float64: bins over the confidence, each weighted by its share of the samples."""
     z = logits.double().numpy()
@@ -75,9 +65,17 @@ def test_calibration_error_agrees_with_its_definition(bins):
     generator = torch.Generator().manual_seed(bins)
     logits = 3 * torch.randn(500, 6, generator=generator)
     labels = torch.randint(6, (500,), generator=generator)
-    assert calibration_error(logits, labels, bins) == pytest.approx(
-        _expected_calibration_error(logits, labels, bins), abs=1e-5
-    )
+    theirs = multiclass_calibration_error(logits.softmax(-1), labels, num_classes=6, n_bins=bins, norm="l1")
+    found = calibration_error(logits, labels, bins)
+    assert found == pytest.approx(_expected_calibration_error(logits, labels, bins), abs=1e-5)
+    assert found == pytest.approx(float(theirs), abs=1e-5)
+
+
+def test_the_reliability_diagram_counts_every_sample_once():
+    counts, confidence, accuracy = reliability(10 * _logits(0, 1, 2, 0), torch.tensor([0, 1, 2, 1]), bins=4)
+    assert counts.tolist() == [0, 0, 0, 4]
+    assert confidence.tolist() == pytest.approx([0, 0, 0, 1 / (1 + 2 * np.exp(-10))])
+    assert accuracy.tolist() == [0, 0, 0, 0.75]
 
 
 def test_calibration_of_sure_answers():

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from lilliput.auditing import quick_audits
 from lilliput.budget import Budget
-from lilliput.errors import UserError
 from lilliput.fitting.build import Bench
 from lilliput.measuring import artifact_bytes, fresh_process_memory
+from lilliput.methods.audit._answers import answers
 from lilliput.metrics import latency, quality
 from lilliput.workload import Workload
 
@@ -41,43 +41,19 @@ def verify(bench: Bench, model: nn.Module, proof: dict[str, Any], budget: Budget
 
 
 def damage_report(work: Workload, original: Any, fitted: Any, model: nn.Module) -> dict[str, Any]:
-    """Score with spread on the test split, paired difference, changed answers, calibration, classes.
+    """Score with spread on the test split, paired difference, and what the audits find in the answers.
 
     Language models are scored as modules, all others as their sessions.
     """
     if work.kind == "causal_lm":
         original, fitted = work.model, model
-    (values, answers), (new_values, new_answers) = (_answers(work, m) for m in (original, fitted))
-    scores = [work.summarize(v) for v in (values, new_values)]
-    difference = quality.paired_difference(values, new_values)
-    report: dict[str, Any] = {
+    before, after = (answers(work, m) for m in (original, fitted))
+    scores = [work.summarize(a.values) for a in (before, after)]
+    difference = quality.paired_difference(before.values, after.values)
+    return {
         "score_before": vars(scores[0]),
         "score_after": vars(scores[1]),
         "drop": work.metric.drop(scores[0].value, scores[1].value),
         "difference": {"mean": difference.mean, "low": difference.low, "high": difference.high},
+        "audits": quick_audits(work, before, after, model).to_json(),
     }
-    if work.kind == "causal_lm":
-        return report | {"changed_tokens": quality.changed_tokens(answers, new_answers)}
-    labels = torch.cat([b["label"] for b in work.test])
-    classes = quality.class_changes(answers, new_answers, labels)
-    return report | {
-        "flipped": quality.flipped_answers(answers, new_answers),
-        "calibration": [quality.calibration_error(x, labels) for x in (answers, new_answers)],
-        "classes": [vars(c) for c in classes],
-    }
-
-
-@torch.inference_mode()
-def _answers(work: Workload, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The metric's numbers on the test split, and the likeliest tokens of a language model or the logits of others."""
-    values, answers = [], []
-    for batch in work.test:
-        logits = work.forward(model, batch)
-        values.append(work.metric.per_sample(logits, batch))
-        answers.append(logits.argmax(-1).flatten() if work.kind == "causal_lm" else logits)
-    found = torch.cat(values)
-    if not torch.isfinite(found).all():
-        raise UserError(
-            f"{work.metric.name} is not a finite number on some test samples; look at the fitted model's plan"
-        )
-    return found, torch.cat(answers)

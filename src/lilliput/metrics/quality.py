@@ -1,8 +1,7 @@
-"""What a change did to the answers beyond the average score: flips, classes, calibration, tokens, pairs."""
+"""What a change did to the answers beyond the average score: flips, calibration, tokens, pairs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,14 +18,12 @@ class Difference(NamedTuple):
     high: float
 
 
-@dataclass(frozen=True)
-class ClassChange:
-    """Accuracy of one class before and after, as fractions; `count` samples of it were seen."""
+class Reliability(NamedTuple):
+    """Samples by confidence in equal-width bins: how many, how sure and how often right the model was; (bins,) each."""
 
-    label: int
-    count: int
-    before: float
-    after: float
+    counts: Tensor
+    confidence: Tensor
+    accuracy: Tensor
 
 
 def flipped_answers(before: Tensor, after: Tensor) -> float:
@@ -46,30 +43,30 @@ def changed_tokens(before: Tensor, after: Tensor, mask: Tensor | None = None) ->
     return float(changed.double().mean())
 
 
-def class_changes(before: Tensor, after: Tensor, labels: Tensor) -> list[ClassChange]:
-    """Accuracy of every class that occurs in `labels` (n,), from logits (n, classes); the worst change comes first."""
-    _same_shape(before, after)
-    right = [(logits.argmax(-1) == labels).double() for logits in (before, after)]
-    changes = []
-    for label in labels.unique().tolist():
-        of_class = labels == label
-        accuracies = [float(r[of_class].mean()) for r in right]
-        changes.append(ClassChange(label, int(of_class.sum()), *accuracies))
-    return sorted(changes, key=lambda c: c.after - c.before)
+def confidence_gaps(logits: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Confidence, whether it was right, and the bin of each sample (n,), from logits (n, classes)."""
+    if logits.ndim != 2 or len(logits) == 0 or logits.shape[1] < 2:
+        raise UserError(f"calibration needs logits (n, classes) of two classes or more, not {tuple(logits.shape)}")
+    confidence, answers = logits.double().softmax(-1).max(-1)
+    places = (confidence * bins).long().clamp(max=bins - 1)
+    return confidence, (answers == labels).double(), places
+
+
+def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> Reliability:
+    """The data of a reliability diagram; empty bins hold zeros."""
+    confidence, right, places = confidence_gaps(logits, labels, bins)
+    counts = torch.bincount(places, minlength=bins)
+    sums = (torch.bincount(places, v, minlength=bins) / counts.clamp_min(1) for v in (confidence, right))
+    return Reliability(counts, *sums)
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Expected calibration error: |confidence - accuracy| averaged over equal-width bins; logits (n, classes).
 
-    Guo et al., "On Calibration of Modern Neural Networks", 2017; computed by torchmetrics.
+    Guo et al., "On Calibration of Modern Neural Networks", 2017.
     """
-    from torchmetrics.functional.classification import multiclass_calibration_error  # seconds to import
-
-    if logits.ndim != 2 or len(logits) == 0 or logits.shape[1] < 2:
-        raise UserError(f"calibration needs logits (n, classes) of two classes or more, not {tuple(logits.shape)}")
-    probabilities = logits.float().softmax(-1)
-    error = multiclass_calibration_error(probabilities, labels, num_classes=logits.shape[1], n_bins=bins, norm="l1")
-    return float(error)
+    counts, confidence, accuracy = reliability(logits, labels, bins)
+    return float(((confidence - accuracy).abs() * counts).sum() / counts.sum())
 
 
 def paired_difference(values_a: Tensor, values_b: Tensor, draws: int = 2000, seed: int = 0) -> Difference:

@@ -70,6 +70,7 @@ def _sections(record: Mapping[str, Any]) -> dict[str, Any]:
         "difference": sections.difference(record),
         "damage": sections.damage(record),
         "classes": sections.classes(record),
+        "audits": sections.audits(record),
         "candidates": sections.candidates(record),
         "recovered": sections.recovered(record),
         "steps": sections.steps(record),

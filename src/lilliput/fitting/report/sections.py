@@ -8,6 +8,7 @@ from typing import Any
 from lilliput.fitting.report import words
 from lilliput.fitting.report.charts import short_names
 from lilliput.fitting.report.drawing import Record
+from lilliput.method import HARM, NO_HARM
 from lilliput.metrics.latency import QUIET
 
 LISTED_CLASSES = 10
@@ -142,19 +143,38 @@ def difference(record: Record) -> str:
 
 def damage(record: Record) -> list[dict[str, str]]:
     """Single figures of what changed in the answers: title, value, explanation."""
-    verify, found = record["verify"], _worse(record)
-    if "changed_tokens" in verify:
-        text = "of greedy next tokens on test text differ from the original's"
-        found.append({"title": "changed tokens", "value": words.share(verify["changed_tokens"]), "text": text})
-    if "flipped" in verify:
-        text = "of test samples get another answer than from the original"
-        found.append({"title": "flipped answers", "value": words.share(verify["flipped"]), "text": text})
-    if verify.get("calibration"):
-        before, after = verify["calibration"]
-        value = f"{words.number(before, 3)} → {words.number(after, 3)}"
-        text = "mean gap between confidence and accuracy (15 bins)"
-        found.append({"title": "calibration error", "value": value, "text": text})
+    found = _worse(record)
+    for audit, name, text in TILES:
+        change = next((c for c in _changes(record, audit) if c["name"] == name), None)
+        if change is None:
+            continue
+        value = words.share(change["after"])
+        if audit == "audit.calibration":
+            value = f"{words.number(change['before'], 3)} → {words.number(change['after'], 3)}"
+        found.append({"title": name, "value": value, "text": text})
     return found
+
+
+TILES = (
+    ("audit.language", "changed tokens", "of greedy next tokens on test text differ from the original's"),
+    ("audit.exemplars", "changed answers", "of test samples get another answer than from the original"),
+    ("audit.calibration", "calibration error", "mean gap between confidence and accuracy (15 bins)"),
+)
+
+
+def _changes(record: Record, audit: str) -> list[dict[str, Any]]:
+    """The changes that an audit found; none when it was not made."""
+    findings = record["verify"].get("audits", {}).get("findings", [])
+    return next((f["changes"] for f in findings if f["audit"] == audit), [])
+
+
+def audits(record: Record) -> list[dict[str, str]]:
+    """Each audit with its verdict and what it says."""
+    marks = {HARM: "bad", NO_HARM: "good"}
+    return [
+        {"name": f["audit"], "verdict": f["verdict"], "mark": marks.get(f["verdict"], ""), "text": f["summary"]}
+        for f in record["verify"].get("audits", {}).get("findings", [])
+    ]
 
 
 def _worse(record: Record) -> list[dict[str, str]]:
@@ -174,17 +194,17 @@ def _worse(record: Record) -> list[dict[str, str]]:
 
 
 def classes(record: Record) -> dict[str, Any] | None:
-    """Accuracy per class, the worst change first; those beyond the first ten apart."""
-    every = record["verify"].get("classes") or []
-    known = [c for c in every if words.finite(c["before"]) and words.finite(c["after"])]
+    """Accuracy per class and group, the worst change first; those beyond the first ten apart."""
+    known = [c for c in _changes(record, "audit.groups") if words.finite(c["before"]) and words.finite(c["after"])]
     widest = max((abs(c["after"] - c["before"]) for c in known), default=0.0) or 1.0
     rows = [
         {
-            "label": c["label"],
-            "count": c["count"],
+            "label": c["name"],
+            "count": c["n"],
             "before": words.share(c["before"]),
             "after": words.share(c["after"]),
             "change": words.percent(c["after"] - c["before"]).removesuffix(" %"),
+            "between": " … ".join(words.percent(c[end]).removesuffix(" %") for end in ("low", "high")),
             "loss": _width(c["before"] - c["after"], widest),
             "gain": _width(c["after"] - c["before"], widest),
         }
