@@ -51,6 +51,17 @@ def test_only_the_named_layers_are_seen_with_what_they_get(net):
     assert not any(y.requires_grad for _, _, y in found)
 
 
+def test_an_input_given_by_name_is_seen():
+    class Scale(nn.Module):
+        def forward(self, *, by, x):
+            return by * x
+
+    net, found, x = nn.ModuleDict({"scale": Scale()}), [], torch.ones(2)
+    with watching(net, ["scale"], lambda name, layer, y: found.append(y)):
+        net["scale"](by=2, x=x)
+    assert torch.equal(found[0], x)
+
+
 def test_no_hook_stays_after_a_failure(net):
     def fail(*_):
         raise ZeroDivisionError

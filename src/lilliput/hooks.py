@@ -23,6 +23,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def renewing_norms(model: nn.Module) -> Iterator[list[Any]]:
+    """Within the block all batch norms, which it yields, average the means and variances of what they see anew; the
+    rest of the model is in evaluation mode, and all of it afterwards."""
+    model.eval()
+    norms: list[Any] = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+        norm.train()
+    try:
+        with torch.no_grad():
+            yield norms
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+            norm.eval()
+
+
+@contextmanager
 def channels_last(model: nn.Module) -> Iterator[None]:
     """Convolution weights with the channels innermost, which torch's kernels like; the order they had afterwards."""
     weights = [p for p in model.parameters() if p.ndim == 4]
@@ -38,14 +59,14 @@ def channels_last(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def watching(model: nn.Module, names: Iterable[str], seen: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
-    """Calls `seen(name, layer, input)` whenever one of the named layers runs; the input is detached."""
+    """Calls `seen(name, layer, input)` whenever one of the named layers runs: its first tensor, detached."""
     handles = []
     for name in names:
 
-        def hook(layer, args, name=name):
-            seen(name, layer, args[0].detach())
+        def hook(layer, args, kwargs, name=name):
+            seen(name, layer, next(tensors_in((*args, *kwargs.values()))).detach())
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
+        handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:

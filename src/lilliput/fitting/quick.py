@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lilliput.fitting.recover import bfloat16_pays, parts_around_recovery
-from lilliput.hooks import channels_last
+from lilliput.hooks import channels_last, renewing_norms
 from lilliput.plan import Plan
 from lilliput.workload import Batch, Workload
 
@@ -37,19 +37,8 @@ def quick_products(model: nn.Module, wanted: bool = True) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
 def reestimate_norms_(model: nn.Module, workload: Workload, batches: Sequence[Batch]) -> None:
     """Means and variances of all batch norms, averaged over `batches`; the model is left in evaluation mode."""
-    model.eval()
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average
-        norm.train()
-    with quick_products(model):
+    with renewing_norms(model) as norms, quick_products(model):
         for batch in batches if norms else ():
             workload.forward(model, batch)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-        norm.eval()

@@ -13,6 +13,7 @@ from optuna.distributions import IntDistribution
 from optuna.study import StudyDirection
 from torch import Tensor, nn
 
+from lilliput.hooks import renewing_norms
 from lilliput.methods.factorize.tucker import Tucker
 from lilliput.methods.prune.channels import Channels
 from lilliput.training import train
@@ -125,20 +126,11 @@ def _part(pictures: Pictures, index: Tensor) -> Pictures:
     return Pictures(pictures.pixels[index], pictures.labels[index], pictures.prepare)
 
 
-@torch.no_grad()
 def renew_norms_(model: nn.Module, work: Workload) -> None:
     """Batch-norm means and variances as they are on the calibration pictures."""
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.reset_running_stats()
-            m.momentum = None  # a plain average over the batches
-    model.train()
-    for batch in work.calibration:
-        work.forward(model, batch)
-    model.eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.momentum = 0.1
+    with renewing_norms(model):
+        for batch in work.calibration:
+            work.forward(model, batch)
 
 
 @torch.inference_mode()

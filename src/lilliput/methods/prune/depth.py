@@ -9,6 +9,7 @@ In a convolutional net the blocks are those that give back the shape they take; 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -113,15 +114,22 @@ def drop_blocks_(model: nn.Module, found: Anatomy, doomed: list[str]) -> None:
         to_identities_(model, doomed)
         return
     gone = {b.index for b in found.blocks if b.name in doomed}
-    kept = [i for i in range(before) if i not in gone]
-    survivors = [blocks[i] for i in kept]  # pyright: ignore
+    keep_blocks_(model, found, [i for i in range(before) if i not in gone])
+
+
+def keep_blocks_(model: nn.Module, found: Anatomy, kept: list[int]) -> None:
+    """Make the blocks of a ModuleList those with the indices `kept`, in that order, copies where one comes again, and
+    renumber them: their `layer_idx`, and counts and lists per layer in the configs."""
+    blocks: Any = model.get_submodule(found.block_list)
+    before, configs = len(blocks), {id(config): config for config in _configs(model)}
+    survivors = [copy.deepcopy(blocks[i], dict(configs)) if i in kept[:at] else blocks[i] for at, i in enumerate(kept)]
     blocks._modules = {str(i): module for i, module in enumerate(survivors)}
     for i, block in enumerate(survivors):
         for module in block.modules():
             if type(getattr(module, "layer_idx", None)) is int:
                 module.layer_idx = i
-    for config in _configs(model):
-        _shorten_(config, before, kept)
+    for config in configs.values():
+        shorten_config_(config, before, kept)
 
 
 def to_identities_(model: nn.Module, doomed: list[str]) -> nn.Module:
@@ -137,7 +145,7 @@ def _configs(model: nn.Module) -> list[Any]:
     return list({id(config): config for config in held}.values())
 
 
-def _shorten_(config: Any, before: int, kept: list[int]) -> None:
+def shorten_config_(config: Any, before: int, kept: list[int]) -> None:
     if getattr(config, "num_hidden_layers", None) != before:
         return
     config.num_hidden_layers = len(kept)
