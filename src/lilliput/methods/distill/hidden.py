@@ -23,7 +23,6 @@ from lilliput.methods.distill.logits import (
     LEARNS,
     Logits,
     batches_of,
-    distillation_loss,
     hard_loss,
     only,
     teacher_logits,
@@ -54,13 +53,13 @@ class Hidden(Logits):
         work = need_workload(workload, self.name(), LEARNS)
         pairs = depth_pairs(blocks_of(model), blocks_of(work.model))
         with only(model, layers), evaluating(work.model):
-            learner = _Learner(model, self._projections(model, work, pairs))
+            learner, soft_loss = _Learner(model, self._projections(model, work, pairs)), self.soft_loss()
             with captured(model, list(pairs)) as ours, captured(work.model, list(pairs.values())) as theirs:
 
                 def loss_fn(_: nn.Module, batch: Batch) -> Tensor:
                     taught = teacher_logits(work, batch)
                     logits = work.forward(model, batch)
-                    loss = distillation_loss(logits, taught, self.temperature)
+                    loss = soft_loss(logits, taught)
                     if self.hard:
                         loss = (1 - self.hard) * loss + self.hard * hard_loss(work, logits, batch)
                     return loss + self.weight * learner.distance(ours, theirs, pairs, DISTANCES[self.distance])

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from lilliput.training import train
 from lilliput.workload import Batch, Workload, need_workload
 
 LEARNS = "whose model and data it learns from"
+SoftLoss = Callable[[Tensor, Tensor], Tensor]  # logits of student and teacher (..., C) -> nats
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,29 @@ class Logits(Method):
         yield from trainable_modules(model)
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
-        work = need_workload(workload, self.name(), LEARNS)
+        work, soft_loss = need_workload(workload, self.name(), LEARNS), self.soft_loss()
 
         def loss_fn(student: nn.Module, batch: Batch) -> Tensor:
             logits, taught = work.forward(student, batch), teacher_logits(work, batch)
-            soft = distillation_loss(logits, taught, self.temperature)
+            soft = soft_loss(logits, taught)
             return soft if self.hard == 0 else (1 - self.hard) * soft + self.hard * hard_loss(work, logits, batch)
 
         with only(model, layers), evaluating(work.model):
             self.fit(model, work, loss_fn)
         return model
+
+    def soft_loss(self) -> SoftLoss:
+        """How far a student's logits are from a teacher's; for plain PyTorch, and what subclasses replace."""
+        return partial(distillation_loss, temperature=self.temperature)
+
+    def trainer(self, model: nn.Module, arguments: Any, teacher: nn.Module, **options: Any) -> Any:
+        """A `transformers.Trainer` of the student that learns from `teacher` with this loss; `lr`, `steps`, `seconds`,
+        `seed` and `bfloat16` are those of `arguments`."""
+        from lilliput.methods.distill._trainer import DistillationTrainer
+
+        return DistillationTrainer(
+            model, arguments, teacher=teacher, soft_loss=self.soft_loss(), hard=self.hard, **options
+        )
 
     def fit(self, model: nn.Module, work: Workload, loss_fn: Callable[[nn.Module, Batch], Tensor]) -> None:
         """Train `model` on the workload's training batches, or on its calibration batches when it has none."""
@@ -75,12 +90,17 @@ class Logits(Method):
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of softened logits (..., C), the mean over all leading dimensions, in nats."""
-    if student.shape != teacher.shape:
-        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        raise UserError(f"student and teacher give logits of the shapes {shapes}; they must answer the same question")
+    check_same_question(student, teacher)
     s = F.log_softmax(student.float() / temperature, -1).flatten(0, -2)
     t = F.log_softmax(teacher.float() / temperature, -1).flatten(0, -2)
     return temperature**2 * F.kl_div(s, t, reduction="batchmean", log_target=True)
+
+
+def check_same_question(student: Tensor, teacher: Tensor) -> None:
+    """Raises UserError when logits differ in shape."""
+    if student.shape != teacher.shape:
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise UserError(f"student and teacher give logits of the shapes {shapes}; they must answer the same question")
 
 
 # --- shared by the methods of this family ----------------------------------------------------------------------
