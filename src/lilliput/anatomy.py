@@ -224,7 +224,11 @@ def _attention(name: str, module: nn.Module, block: nn.Module, block_name: str) 
     output = f"{name}.{o}" if o else _neighbour_output(name, block, block_name)
     if output is None:
         return None
-    return Attention(name, f"{name}.{q}", f"{name}.{k}", f"{name}.{v}", output, *_heads(module, q, k, bool(fused)))
+    heads, kv_heads, head_dim = _heads(module, q, k, bool(fused))
+    inputs, _ = in_out(_get(block, output.removeprefix(f"{block_name}.")))  # pyright: ignore
+    if inputs != heads * head_dim:  # heads that share queries: what changes heads cannot know it
+        return None
+    return Attention(name, f"{name}.{q}", f"{name}.{k}", f"{name}.{v}", output, heads, kv_heads, head_dim)
 
 
 def _neighbour_output(name: str, block: nn.Module, block_name: str) -> str | None:

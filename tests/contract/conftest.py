@@ -4,12 +4,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from small import small_method, targets
+from small import VISION, small_method, targets
 from torch import nn
 
 from lilliput.method import Method
 from lilliput.methods.factorize.targeted import Targeted
 from lilliput.workload import Workload
+from lilliput.zoo.nets import VisionTransformer
 
 
 class Pointwise(nn.Module):
@@ -26,6 +27,13 @@ class Pointwise(nn.Module):
         return self.head(torch.relu(self.second(self.first(x))).mean((2, 3)))
 
 
+class TinyVit(VisionTransformer):
+    """Sixteen patches and a class token: (B, 1, 16, 16) -> (B, 10)."""
+
+    def __init__(self):
+        super().__init__(dim=32, layers=4, heads=4, hidden=64, patch=4, size=16, channels=1, classes=10)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
     """For every test of this folder."""
@@ -39,17 +47,27 @@ def weights_for_a_clock(monkeypatch):
     )
 
 
-@pytest.fixture
-def pointwise_work():
-    torch.manual_seed(0)
-    model = Pointwise()
+def own_answers(model, name):
+    """A workload of random pictures labelled by the model itself."""
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(32, 1, 16, 16))
         model.eval()
         inputs = [torch.randn(16, 1, 16, 16) for _ in range(8)]
         batches = [{"input": x, "label": model(x).argmax(-1)} for x in inputs]
-    return Workload.classifier(model, batches[:2], batches[2:4], batches[4:6], training=batches[6:], name="pointwise")
+    return Workload.classifier(model, batches[:2], batches[2:4], batches[4:6], training=batches[6:], name=name)
+
+
+@pytest.fixture
+def pointwise_work():
+    torch.manual_seed(0)
+    return own_answers(Pointwise(), "pointwise")
+
+
+@pytest.fixture
+def vit_work():
+    torch.manual_seed(0)
+    return own_answers(TinyVit(), "tiny-vit")
 
 
 @pytest.fixture
@@ -85,6 +103,8 @@ def applied(request, shelf):
     """`applied(method, work)`: its result; skips where the method has no targets. Nobody may change what it gives."""
 
     def look(name: str, work_name: str) -> Applied:
+        if work_name == "vit_work" and name not in VISION:
+            pytest.skip(f"{name} is tried on other models")
         key = name, work_name
         if key not in shelf:
             work, method = request.getfixturevalue(work_name), small_method(name)

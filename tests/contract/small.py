@@ -5,15 +5,22 @@ from torch import nn
 from lilliput.errors import UserError
 from lilliput.method import Method, find_method
 
-WORKS = ("cnn_work", "pointwise_work", "llama_work", "relu_work")
+WORKS = ("cnn_work", "pointwise_work", "llama_work", "relu_work", "vit_work")
+# tried on the vision transformer; the others have a model among the rest
+VISION = ("layers.gqkva", "layers.separable_attention", "tokens.skipvit")
 
 SMALL = {
     "distill.hidden": {"steps": 4},
     "distill.logits": {"steps": 4},
+    "distill.taid": {"steps": 4},
     "experts.upcycle": {"experts": 4, "top_k": 2, "steps": 2},
     "factorize.targeted": {"rounds": 1},
+    "initialize.tleg": {"blocks": 1, "steps": 2},
+    "initialize.weight_selection": {"depth": 1.0},
+    "initialize.weight_subcloning": {"depth": 1.0},
     "layers.relufy": {"stage": 2, "sparsity": 0.7},
     "prune.heads": {"ratio": 0.5},
+    "prune.hidden_networks": {"steps": 2},
     "prune.neurons": {"round_to": 8},
     "quantize.binary": {"steps": 2},
     "quantize.codebook": {"samples": 64, "rounds": 2},
@@ -22,6 +29,8 @@ SMALL = {
     "quantize.gpfq": {"samples": 64},
     "quantize.gptq": {"samples": 64},
     "quantize.seeds": {"candidates": 2},
+    "train.compressible_subspaces": {"steps": 2},
+    "train.epas": {"steps": 4},
 }
 
 

@@ -22,6 +22,7 @@ from lilliput.method import (
     NONE,
     OUTPUT_SHAPE,
     UNLABELLED,
+    Audit,
     Decoder,
     Method,
     Settings,
@@ -29,6 +30,7 @@ from lilliput.method import (
     method_names,
 )
 from lilliput.methods.layers._sparsity import sparsity_report
+from lilliput.methods.train.compressible_subspaces import at
 from lilliput.metrics.memory import weight_bytes
 from lilliput.plan import Plan, Step
 
@@ -36,7 +38,7 @@ NAMES = [name for name in method_names() if issubclass(find_method(name), Method
 TESTS = Path(__file__).parent.parent / "methods"
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
-FOUND = [name for name in method_names() if issubclass(find_method(name), Method | Decoder)]
+FOUND = [name for name in method_names() if issubclass(find_method(name), Method | Decoder | Audit)]
 
 everything = pytest.mark.parametrize("name", FOUND)
 every_method = pytest.mark.parametrize("name", NAMES)
@@ -262,8 +264,10 @@ def test_layers_limit_the_change_to_themselves(name, work_name, applied):
     ]
     model = done.method.apply(done.work.model, done.work, layers=[chosen])
     assert torch.isfinite(logits(done.work, model)).all()
-    assert model.state_dict().keys() != done.model.state_dict().keys() or any(
-        not torch.equal(a, b) for a, b in zip(model.state_dict().values(), done.model.state_dict().values())
+    assert (
+        model.state_dict().keys() != done.model.state_dict().keys()
+        or any(not torch.equal(a, b) for a, b in zip(model.state_dict().values(), done.model.state_dict().values()))
+        or not torch.equal(logits(done.work, model), logits(done.work, done.model))
     )
 
 
@@ -302,21 +306,41 @@ def test_the_effect_has_the_promised_sign(name, work_name, applied):
         assert compressed_bytes(done.model) < compressed_bytes(done.work.model)
     elif "smaller" in effect or "size only" in effect:
         assert after < before
+    elif "larger" in effect:
+        assert after > before
     elif "sparse activations" in effect:
         before, after = (silent_neurons(done.work, model) for model in (done.work.model, done.model))
         assert after > max(before, 0.2)
     elif "fewer layers" in effect:
         assert len(float_layers(done.model)) < len(float_layers(done.work.model))
+    elif "fewer tokens" in effect:
+        assert after == before
+        assert rows_multiplied(done.work, done.model) < rows_multiplied(done.work, done.work.model)
     elif "fewer weights read" in effect:
         parts = [done.model.get_submodule(target) for target in done.targets]
         assert sum(weights_read(part) for part in parts) < sum(
             weights_read(done.work.model.get_submodule(target)) for target in done.targets
         )
+    elif "any compression at run time" in effect:
+        assert compressed_bytes(at(done.model, 0.0)) < compressed_bytes(done.work.model)
     elif "wins back quality" in effect:
         assert after == before
         assert distance_after(done) < 0.9 * distance(done.work, damaged(done.work.model))
     else:
         pytest.fail(f"the effect {effect!r} promises nothing that can be measured")
+
+
+def rows_multiplied(work, model):
+    """Tokens that reach the linear layers of a model in one batch."""
+    seen = []
+    handles = [
+        m.register_forward_hook(lambda _, args, out: seen.append(args[0].shape[:-1].numel()))
+        for m in model.modules() if type(m) is nn.Linear
+    ]  # fmt: skip
+    logits(work, model)
+    for handle in handles:
+        handle.remove()
+    return sum(seen)
 
 
 def weights_read(part):

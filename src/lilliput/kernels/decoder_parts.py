@@ -107,9 +107,10 @@ def refusals(model: nn.Module) -> list[str]:
 
 
 def _whole(layer: Any) -> bool:
-    """Whether a block has every layer that a decoder calls; one that reuses another's attention has not."""
+    """Whether a block has every layer that a decoder calls, in the attention that its family has."""
     attention = all(hasattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-    return attention and hasattr(layer.mlp, "gate_proj")
+    own = not hasattr(layer.self_attn, "rebuild_config")  # one of ours shares something, between heads or layers
+    return attention and own and hasattr(layer.mlp, "gate_proj")
 
 
 def _block(layer: Any, kind: str, config: Any) -> Block:

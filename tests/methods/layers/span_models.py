@@ -18,7 +18,7 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-HEADS, KV_HEADS, DIM = 4, 2, 8
+HEADS, DIM = 4, 8
 
 
 def build(kind=LlamaForCausalLM, config=LlamaConfig, **changes):
@@ -76,7 +76,7 @@ def logits(model, ids, source, reuses):
         if reuses == "states":
             k, v = seen[source[index]] if index in source else (k, v)
             seen[index] = k, v
-        k, v = (np.repeat(part, HEADS // KV_HEADS, 1) for part in (k, v))
+        k, v = (np.repeat(part, HEADS // part.shape[1], 1) for part in (k, v))
         scores = np.einsum("thd,shd->hts", q, k) * DIM**-0.5
         scores = np.where(np.tri(len(x), dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))

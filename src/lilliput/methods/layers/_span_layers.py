@@ -1,7 +1,8 @@
-"""Attention of the layers of a span: the first one computes, and hands on to the others what they reuse.
+"""One attention with a sharing plan: heads of a layer share queries or keys and values, layers share what is computed.
 
-What is handed on travels with the table of cosines that every layer of one pass gets: it lives as long as the pass, two
-passes never see each other's, and the layers hold no state and no reference to each other.
+The first layer of a span computes, and hands on to the others what they reuse. What is handed on travels with the table
+of cosines that every layer of one pass gets: it lives as long as the pass, two passes never see each other's, and the
+layers hold no state and no reference to each other.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ def handed_on(cos: Tensor, layer_idx: int) -> Any:
     if not hasattr(cos, "handed_on"):
         raise UserError(f"layer {layer_idx} reuses what an earlier layer computes, which did not run in this pass")
     return cos.handed_on  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def spread(query: Tensor, heads: int) -> Tensor:
+    """Queries (B, q, T, d) of all heads (B, heads, T, d): head n has queries n mod q.
+
+    As head n reads keys and values n div (heads / kv), two heads differ as long as q kv >= heads; when q kv = heads,
+    every query meets every key.
+    """
+    return query if query.shape[1] == heads else query.repeat(1, heads // query.shape[1], 1, 1)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,22 +102,26 @@ class SpanAttention(nn.Module):
         biases: str = "",
         layer_type: str | None = None,
         sliding_window: int | None = None,
+        query_heads: int | None = None,
     ):
         super().__init__()
         self.width, self.heads, self.kv_heads, self.head_dim = width, heads, kv_heads, head_dim
         self.layer_idx, self.scaling, self.biases = layer_idx, scaling, biases
         self.layer_type, self.sliding_window = layer_type, sliding_window  # what those of transformers say
-        inner, kept = heads * head_dim, kv_heads * head_dim
-        sizes = {"q": (width, inner), "k": (width, kept), "v": (width, kept), "o": (inner, width)}
+        inner, kept, asked = heads * head_dim, kv_heads * head_dim, (query_heads or heads) * head_dim
+        sizes = {"q": (width, asked), "k": (width, kept), "v": (width, kept), "o": (inner, width)}
         for letter in self.letters:
             self.add_module(f"{letter}_proj", nn.Linear(*sizes[letter], bias=letter in biases))
 
     @classmethod
-    def of(cls, model: nn.Module, a: Attention) -> Self:
-        """An ordinary attention's place in a span, with the layers of it that are still needed."""
+    def of(cls, model: nn.Module, a: Attention, idle: bool = False) -> Self:
+        """An attention in the place of an ordinary one, with the layers of it that are still needed.
+
+        With `idle` it holds the others too, without calling them.
+        """
         old: Any = model.get_submodule(a.name)
-        layers = {letter: getattr(old, f"{letter}_proj") for letter in cls.letters}
-        biases = "".join(x for x, m in layers.items() if getattr(linear_parts(m)[-1], "bias", None) is not None)
+        layers = {letter: getattr(old, f"{letter}_proj") for letter in ("qkvo" if idle else cls.letters)}
+        biases = "".join(x for x in cls.letters if getattr(linear_parts(layers[x])[-1], "bias", None) is not None)
         sizes = in_out(model.get_submodule(a.q))
         assert sizes is not None
         with torch.device("meta"):
@@ -118,12 +132,19 @@ class SpanAttention(nn.Module):
 
     def rebuild_config(self) -> dict[str, Any]:
         """Arguments of the constructor."""
-        sizes = ("width", "heads", "kv_heads", "head_dim", "layer_idx", "scaling", "biases")
-        return {name: getattr(self, name) for name in (*sizes, "layer_type", "sliding_window")}
+        names = ("width", "heads", "kv_heads", "head_dim", "layer_idx", "scaling", "biases")
+        config = {name: getattr(self, name) for name in (*names, "layer_type", "sliding_window")}
+        if "q" in self.letters and (sizes := in_out(self.q_proj)) and sizes[1] != self.heads * self.head_dim:
+            config["query_heads"] = sizes[1] // self.head_dim
+        return config
 
     def split(self, layer: Any, x: Tensor) -> Tensor:
         """A projection of x (B, T, width) by heads: (B, heads, T, d)."""
         return layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def queries(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries of all heads (B, heads, T, d), each turned to its position once."""
+        return spread(rotated(self.split(self.q_proj, x), *position_embeddings), self.heads)
 
     def joined(self, heads: Tensor) -> Tensor:
         """The output (B, T, width) of heads (B, heads, T, d)."""
@@ -134,12 +155,12 @@ class SpanAttention(nn.Module):
         if past is None:
             return first, second
         if len(past.layers) > self.layer_idx and isinstance(past.layers[self.layer_idx], PolicyLayer):
-            raise UserError("cache policies need layers that all have attention of their own; use transformers' cache")
+            raise UserError("cache policies need the model's own attention in every layer; use transformers' cache")
         return past.update(first, second, self.layer_idx)
 
 
-class LeadingAttention(SpanAttention):
-    """The first attention of a span: it attends as ever, and hands on its probabilities."""
+class GroupedAttention(SpanAttention):
+    """Attention whose heads share queries, or keys and values; it hands on nothing."""
 
     def forward(
         self,
@@ -149,24 +170,31 @@ class LeadingAttention(SpanAttention):
         past_key_values: Any = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        query, keys, values = (self.split(layer, hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        query, keys = rotated(query, *position_embeddings), rotated(keys, *position_embeddings)
-        keys, values = self.cached(past_key_values, keys, values)
+        query = self.queries(hidden_states, position_embeddings)
+        keys, values = (self.split(layer, hidden_states) for layer in (self.k_proj, self.v_proj))
+        keys, values = self.cached(past_key_values, rotated(keys, *position_embeddings), values)
         return self.joined(self.attend(query, keys, values, attention_mask, position_embeddings[0])), None
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, cos: Tensor) -> Tensor:
-        """Attention (B, heads, T, d), and what the others reuse is handed on."""
+        """Attention (B, heads, T, d)."""
+        return attended(query, keys, values, mask, self.scaling)
+
+
+class LeadingAttention(GroupedAttention):
+    """The first attention of a span: it attends as ever, and hands on its probabilities."""
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, cos: Tensor) -> Tensor:
         weights = probabilities(query, keys, mask, self.scaling)
         hand_on(cos, weights)
         return mixed(weights, values)
 
 
-class LendingAttention(LeadingAttention):
+class LendingAttention(GroupedAttention):
     """The first attention of a span: it attends as ever, and hands on its keys and values."""
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, cos: Tensor) -> Tensor:
         hand_on(cos, (keys, values))
-        return attended(query, keys, values, mask, self.scaling)
+        return super().attend(query, keys, values, mask, cos)
 
 
 class ReusingAttention(SpanAttention):
@@ -203,5 +231,5 @@ class BorrowingAttention(SpanAttention):
         **options: Any,
     ) -> tuple[Tensor, None]:
         keys, values = handed_on(position_embeddings[0], self.layer_idx)
-        query = rotated(self.split(self.q_proj, hidden_states), *position_embeddings)
+        query = self.queries(hidden_states, position_embeddings)
         return self.joined(attended(query, keys, values, attention_mask, self.scaling)), None

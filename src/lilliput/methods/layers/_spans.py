@@ -47,18 +47,29 @@ class Spans(Method):
         yield from list(known_attentions(model, self.name(), self.leading))[1:]
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
+        self.share_(model, self.plan(model, workload, list(layers)))
+        return model
+
+    def plan(self, model: nn.Module, workload: Workload | None, layers: Sequence[str]) -> dict[str, str]:
+        """The attentions that reuse another's -> whose: those of `layers`, or when these are all that can, of `share`.
+
+        Raises UserError where one cannot serve the other.
+        """
         found = known_attentions(model, self.name(), self.leading)
-        names = list(found)
-        named = len(layers) < len(names) - 1
-        chosen = followers(names, list(layers)) if named else self._chosen(model, workload, found)
+        named = len(layers) < len(found) - 1
+        chosen = followers(list(found), layers) if named else self._chosen(model, workload, found)
         for follower, leader in chosen.items():
             if not fit(model, found[leader], found[follower]):
                 raise UserError(f"{follower!r} cannot reuse what {leader!r} computes: their heads or windows differ")
+        return chosen
+
+    def share_(self, model: nn.Module, chosen: Mapping[str, str], idle: bool = False) -> None:
+        """Put a plan into effect; with `idle` those that reuse keep the layers that are no longer called."""
+        found = known_attentions(model, self.name(), self.leading)
         for leader in dict.fromkeys(chosen.values()):
             set_module(model, leader, self.leading.of(model, found[leader]))
         for follower in chosen:
-            set_module(model, follower, self.following.of(model, found[follower]))
-        return model
+            set_module(model, follower, self.following.of(model, found[follower], idle))
 
     def _chosen(self, model: nn.Module, workload: Workload | None, found: Mapping[str, Attention]) -> dict[str, str]:
         names = list(found)

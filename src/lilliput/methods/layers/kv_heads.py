@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilliput.anatomy import Attention, anatomy
+from lilliput.anatomy import Attention
 from lilliput.errors import UserError
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
+from lilliput.methods.layers._head_rows import note_in_config_, rows, set_rows_, set_weight_
 from lilliput.methods.layers._known import known_attentions
 from lilliput.methods.prune._surgery import average_inputs, plain, refuse_replaced
 from lilliput.workload import Workload, need_workload
@@ -80,7 +81,7 @@ class KvHeads(Method):
                 groups = layers[name].groups(a, grams.get(name))
                 maps = [layers[name].head_map(a, grams.get(name), members) for members in groups]
                 fold_(model, a, groups, maps)
-        _note_in_config_(model)
+        note_in_config_(model)
         return model
 
     @property
@@ -202,8 +203,8 @@ def _grams(model: nn.Module, work: Workload, attentions: Mapping[str, Attention]
 
     def gram(name: str, layer: Any, x: Tensor) -> Tensor:
         bias = None if layer.bias is None else layer.bias.float()
-        rows = F.linear(x, layer.weight.float(), bias).flatten(0, -2).double()
-        return rows.T @ rows / len(rows)
+        cached = F.linear(x, layer.weight.float(), bias).flatten(0, -2).double()
+        return cached.T @ cached / len(cached)
 
     names = [layer for a in attentions.values() for layer in (a.k, a.v)]
     found = average_inputs(model, work, names, gram)
@@ -218,8 +219,8 @@ def _grams(model: nn.Module, work: Workload, attentions: Mapping[str, Attention]
 def fold_(model: nn.Module, a: Attention, groups: Groups, maps: Sequence[HeadMap]) -> None:
     """Put the new heads into the four projections; query heads move to stand behind the head that they now read."""
     q, k, v, o = (model.get_submodule(name) for name in (a.q, a.k, a.v, a.o))
-    queries = _rows(q).unflatten(0, (a.kv_heads, -1, a.head_dim))  # (kv heads, queries of each, d, inputs)
-    keys, values = (_rows(layer).unflatten(0, (a.kv_heads, a.head_dim)) for layer in (k, v))
+    queries = rows(q).unflatten(0, (a.kv_heads, -1, a.head_dim))  # (kv heads, queries of each, d, inputs)
+    keys, values = (rows(layer).unflatten(0, (a.kv_heads, a.head_dim)) for layer in (k, v))
     columns = o.weight.double().unflatten(1, (a.kv_heads, -1, a.head_dim))  # pyright: ignore
     new: dict[str, list[Tensor]] = {"q": [], "k": [], "v": [], "o": []}
     for members, one in zip(map(list, groups), maps):
@@ -227,10 +228,10 @@ def fold_(model: nn.Module, a: Attention, groups: Groups, maps: Sequence[HeadMap
         new["k"].append(_real((one.key_down[..., None] * _pairs(keys[members])).sum(0)))
         new["v"].append(torch.einsum("tab,tbn->an", one.value_down, values[members]))
         new["o"].append(torch.einsum("otrb,tba->otra", columns[:, members], one.value_up))
-    _set_rows_(q, torch.cat(new["q"]).flatten(0, 2))
-    _set_rows_(k, torch.cat(new["k"]))
-    _set_rows_(v, torch.cat(new["v"]))
-    _set_weight_(o, torch.cat(new["o"], 1).flatten(1))
+    set_rows_(q, torch.cat(new["q"]).flatten(0, 2))
+    set_rows_(k, torch.cat(new["k"]))
+    set_rows_(v, torch.cat(new["v"]))
+    set_weight_(o, torch.cat(new["o"], 1).flatten(1))
     attention: Any = model.get_submodule(a.name)
     attention.num_key_value_groups = a.heads // len(groups)
 
@@ -243,30 +244,3 @@ def _pairs(x: Tensor) -> Tensor:
 def _real(z: Tensor) -> Tensor:
     """The inverse of `_pairs`."""
     return torch.cat([z.real, z.imag], -2)
-
-
-def _rows(layer: Any) -> Tensor:
-    """(outputs, inputs) weight in float64, with the bias as one more column if there is one."""
-    weight = layer.weight.double()
-    return weight if layer.bias is None else torch.cat([weight, layer.bias.double()[:, None]], 1)
-
-
-def _set_rows_(layer: Any, rows: Tensor) -> None:
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(rows[:, -1].to(layer.bias.dtype), layer.bias.requires_grad)
-        rows = rows[:, :-1]
-    _set_weight_(layer, rows)
-
-
-def _set_weight_(layer: Any, weight: Tensor) -> None:
-    weight = weight.to(layer.weight.dtype).contiguous()
-    layer.weight = nn.Parameter(weight, layer.weight.requires_grad)
-    layer.out_features, layer.in_features = weight.shape
-
-
-def _note_in_config_(model: nn.Module) -> None:
-    """The number of key-value heads in the model's configuration, when all layers have the same."""
-    counts = {b.attention.kv_heads for b in anatomy(model).blocks if b.attention}
-    config: Any = getattr(model, "config", None)
-    if config is not None and len(counts) == 1:
-        config.get_text_config(decoder=True).num_key_value_heads = counts.pop()
