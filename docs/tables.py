@@ -73,9 +73,9 @@ def methods_page() -> str:
 
 METHODS_INTRO = """\
 `lilliput methods` prints this list, `lilliput method NAME` one entry with its formula and source. The stages run in
-this order: initialize, prune, factorize, tokens, depth, train, distill, quantize, serve. A method's *data* says what it
-needs to see: nothing, inputs, or inputs with labels. The *effect* is what a method is for; figures stand under a method
-when `results/<name>.csv` was recorded, and they alone count."""
+this order: initialize, prune, factorize, tokens, depth, train, distill, quantize, serve; an audit changes nothing and
+stands in no plan. A method's *data* says what it needs to see: nothing, inputs, or inputs with labels. The *effect* is
+what a method is for; figures stand under a method when `results/<name>.csv` was recorded, and they alone count."""
 
 
 def family_summary(family: str) -> str:
