@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lilliput.errors import UserError
-from lilliput.papers import _equal_cost, epas, gqkva, skipvit
+from lilliput.papers import epas, gqkva, skipvit
 from lilliput.papers._equal_cost import SECONDS, STEPS, Effort, Found, compare, faster_steps, margin, plain, tuned_rate
 from lilliput.workload import Workload, windows
 
@@ -179,4 +179,3 @@ def test_pictures_are_drawn_by_the_seed(monkeypatch):
     assert seen[0][0] == 3
     assert seen[0][1].steps * seen[0][1].batch_size == TINY.training_samples
     assert seen[0][1].test_pictures == TINY.test_samples
-    assert _equal_cost.said((1.25, 0.5), 2) == "+1.25 ± 0.50"

@@ -155,11 +155,6 @@ def faster_steps(
     return speedup(taken_ms, ours, other)
 
 
-def said(margin: tuple[float, float], digits: int = 1) -> str:
-    """A difference with its standard error."""
-    return f"{margin[0]:+.{digits}f} ± {margin[1]:.{digits}f}"
-
-
 def times(comparison: Comparison) -> str:
     """A ratio of speeds with its interval."""
     return f"{comparison.ratio:.2f}x [{comparison.low:.2f}, {comparison.high:.2f}] as fast"

@@ -151,16 +151,6 @@ def advantage(of: Found, over: Found) -> tuple[float, float]:
     return statistics.fmean(gains), error
 
 
-def clearly(difference: tuple[float, float]) -> bool:
-    """Better by more than two standard errors."""
-    return difference[0] > 2 * difference[1]
-
-
-def said(difference: tuple[float, float]) -> str:
-    """A difference with its standard error, in points."""
-    return f"{difference[0]:+.2f} ± {difference[1]:.2f}"
-
-
 def setup(what: str, effort: Effort, seed: int) -> str:
     """What was run, in words."""
     return (

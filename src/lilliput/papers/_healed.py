@@ -106,6 +106,6 @@ def close(difference: tuple[float, float], tolerated: float) -> bool:
     return difference[0] - 2 * difference[1] >= -tolerated
 
 
-def said(difference: tuple[float, float]) -> str:
+def said(difference: tuple[float, float], digits: int = 3) -> str:
     """A difference with its standard error."""
-    return f"{difference[0]:+.3f} ± {difference[1]:.3f}"
+    return f"{difference[0]:+.{digits}f} ± {difference[1]:.{digits}f}"

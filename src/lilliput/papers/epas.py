@@ -23,11 +23,10 @@ from lilliput.papers._equal_cost import (
     faster_steps,
     margin,
     plain,
-    said,
     times,
 )
 from lilliput.papers._healed import Effort as Text
-from lilliput.papers._healed import close, language_work
+from lilliput.papers._healed import close, language_work, said
 from lilliput.papers._low_rank import interleave, middle, speedup
 from lilliput.workload import Workload
 from lilliput.zoo import nets
@@ -73,9 +72,9 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
         f"{seed}; {torch.get_num_threads()} threads, CPU",
         rows=[one.row(name, "nats_per_token") for name, one in found.items()],
         holds=judge(gains[FULL, SECONDS], gains[FIXED, SECONDS], faster.low, prompt.low),
-        figure=f"nats per token better than without sharing {said(gains[FULL, SECONDS], 3)} at equal seconds, "
-        f"{said(gains[FULL, STEPS], 3)} at equal steps; than from the start {said(gains[FIXED, SECONDS], 3)} and "
-        f"{said(gains[FIXED, STEPS], 3)}; a step with all sharing {times(faster)}, a prompt {times(prompt)}; sharing "
+        figure=f"nats per token better than without sharing {said(gains[FULL, SECONDS])} at equal seconds, "
+        f"{said(gains[FULL, STEPS])} at equal steps; than from the start {said(gains[FIXED, SECONDS])} and "
+        f"{said(gains[FIXED, STEPS])}; a step with all sharing {times(faster)}, a prompt {times(prompt)}; sharing "
         f"after a training without costs {lost:+.3f}",
         limits="A model of 1 million weights trained for minutes at most, far from converged; the paper's have 125 "
         "million and more. Most of its products are vocabulary and feed-forward parts, which nothing shares. "

@@ -19,10 +19,9 @@ from lilliput.papers._equal_cost import (
     faster_steps,
     margin,
     plain,
-    said,
     times,
 )
-from lilliput.papers._healed import close
+from lilliput.papers._healed import close, said
 from lilliput.papers._low_rank import Effort as Drawn
 from lilliput.papers._low_rank import pictures_work
 from lilliput.workload import Workload
@@ -69,9 +68,9 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
         rows=[one.row(name, "accuracy_percent") for name, one in found.items()],
         holds=judge(gains[FULL, STEPS], gains[NARROWER, SECONDS], faster.low),
         figure=f"(4, 2) has {smaller:.0%} fewer weights and trains {times(faster)}; points over multi-head "
-        f"{said(gains[FULL, STEPS])} at equal steps, {said(gains[FULL, SECONDS])} at equal seconds; over the "
-        f"narrower net {said(gains[NARROWER, STEPS])} and {said(gains[NARROWER, SECONDS])}; over multi-query "
-        f"{said(gains[MULTI_QUERY, STEPS])} and {said(gains[MULTI_QUERY, SECONDS])}",
+        f"{said(gains[FULL, STEPS], 1)} at equal steps, {said(gains[FULL, SECONDS], 1)} at equal seconds; over the "
+        f"narrower net {said(gains[NARROWER, STEPS], 1)} and {said(gains[NARROWER, SECONDS], 1)}; over multi-query "
+        f"{said(gains[MULTI_QUERY, STEPS], 1)} and {said(gains[MULTI_QUERY, SECONDS], 1)}",
         limits="Nets of 0.2 million weights on 17 tokens of small pictures, trained for minutes at most, where the "
         "paper trains ViT-small on ImageNet. Which query meets which key in the cases between is ours.",
     )

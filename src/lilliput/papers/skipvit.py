@@ -19,10 +19,9 @@ from lilliput.papers._equal_cost import (
     faster_steps,
     margin,
     plain,
-    said,
     times,
 )
-from lilliput.papers._healed import close
+from lilliput.papers._healed import close, said
 from lilliput.papers.gqkva import fashion
 from lilliput.zoo import nets
 
@@ -64,9 +63,9 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
         f"{effort.seeds} seeds from {seed}; {torch.get_num_threads()} threads, CPU",
         rows=[one.row(name, "accuracy_percent") for name, one in found.items()],
         holds=judge(gains[FULL, STEPS], rivals, faster.low),
-        figure=f"a training step {times(faster)}; points over all tokens {said(gains[FULL, STEPS])} at equal steps, "
-        f"{said(gains[FULL, SECONDS])} at equal seconds; over random skipping {said(gains[RANDOM, SECONDS])}, over one "
-        f"block fewer {said(gains[SMALLER, SECONDS])} at equal seconds",
+        figure=f"a training step {times(faster)}; points over all tokens {said(gains[FULL, STEPS], 1)} at equal steps, "
+        f"{said(gains[FULL, SECONDS], 1)} at equal seconds; over random skipping {said(gains[RANDOM, SECONDS], 1)}, "
+        f"over one block fewer {said(gains[SMALLER, SECONDS], 1)} at equal seconds",
         limits="Nets of 0.08 million weights on 50 tokens of small pictures, trained for minutes at most, where the "
         "paper trains ViT-small on ImageNet. Which blocks are skipped is ours.",
     )

@@ -15,14 +15,13 @@ from lilliput.papers._equal_seconds import (
     Found,
     Trainee,
     advantage,
-    clearly,
     compare,
     endless,
-    said,
     setup,
     train_for,
     training_set,
 )
+from lilliput.papers._healed import clearly, said
 from lilliput.zoo import nets
 
 paper = Paper(
@@ -66,7 +65,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
         rows=rows_of(found, noisy),
         holds=judge(margins),
         figure="largest change "
-        + ", ".join(f"{said(m)} points over {name}" for name, m in margins.items())
+        + ", ".join(f"{said(m, 2)} points over {name}" for name, m in margins.items())
         + f"; of {100 * NOISE:g} % wrong labels it chooses {noisy[OURS]:.0f} %, highest loss {noisy[LOSS]:.0f} %",
         limits="Small pictures and a small network from scratch, where the paper fine-tunes BERT; minutes become "
         "seconds. The measure of change is a reconstruction.",
