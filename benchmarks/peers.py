@@ -2,11 +2,13 @@
 
     pip install llama-cpp-python torchao          # CMAKE_ARGS="-DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON" builds the first
     npm install --prefix peers node-llama-cpp
-    python benchmarks/peers.py --node peers       # writes results/peers.csv
+    python benchmarks/peers.py --node peers       # writes results/peers.<model>.csv
 
 Every engine is a process of its own. In each round all of them, in turn, decode the same number of tokens after the
 same prompt and read the same long prompt, each alone; a figure is the median over rounds with its interquartile range.
-A peer that is not installed is left out, and the output says so.
+A peer that is not installed is left out, and the output says so. Engines with OpenMP wait actively for some tens of
+milliseconds: by default their threads may fall asleep between two steps, and llama.cpp on two threads then decodes
+several times slower than on one.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ GGUF = {"smollm2-135m": "smollm2-gguf", "gemma3-270m": "gemma3-gguf"}
 FILE_TYPES = {"Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers
 PROMPT, NEW, LONG_PROMPT = 128, 64, 512
 SETTLE_S = 0.5
+SPINS = 100_000_000  # of a waiting OpenMP thread: less than SETTLE_S
 WINDOWS = 12  # of the test text that perplexity is taken on
 OURS = ("int4-64", "int4-32", "int8", "float32")
 
@@ -69,10 +72,10 @@ def main() -> None:
     parser.add_argument("--node", type=Path, help="folder with node_modules/node-llama-cpp")
     parser.add_argument("--without", nargs="*", default=[], help="engines to leave out")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    if options.node and not (options.node / "node_modules" / "node-llama-cpp").exists():
+        parser.error(f"{options.node} has no node_modules/node-llama-cpp; npm install --prefix {options.node} node-llama-cpp")
     for name in options.models:
-        rows += compare(name, options)
-    write_rows(Path("results") / "peers.csv", rows)
+        write_rows(Path("results") / f"peers.{name}.csv", compare(name, options))
 
 
 def compare(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -160,7 +163,7 @@ def _python(engine: str, model: str, form: str, path: str = "") -> Contender:
 
 
 def _start(command: list[str], folder: Path | None) -> subprocess.Popen:
-    quiet = {**os.environ, "TQDM_DISABLE": "1"}
+    quiet = {**os.environ, "TQDM_DISABLE": "1", "GOMP_SPINCOUNT": str(SPINS)}
     return subprocess.Popen(
         command, cwd=folder, env=quiet, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
