@@ -1,6 +1,6 @@
 """Several tokens a step: every decoder on one model, by kind of text, against plain decoding on both runtimes.
 
-    python benchmarks/generate.py               # writes results/generate.csv
+    python benchmarks/generate.py               # writes results/generate.csv and docs/generate.svg
     python benchmarks/generate.py --quick       # six prompts, few tokens; writes nothing
 
 Prompts are pieces of real text of three kinds: `code` (Python's standard library), `structured` (the metadata of the
@@ -31,11 +31,13 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads OpenMP
 
 import torch
+from _bars import Bar, bars
 from tables import write_rows
 from torch import Tensor
 
 from lilliput import Workload
 from lilliput._probe import torch_threads
+from lilliput.cache import write_atomically
 from lilliput.device import Device
 from lilliput.methods.decode import DraftModel, Medusa, Ngram, Tally
 from lilliput.methods.quantize.group import Group
@@ -189,6 +191,18 @@ def table(running: list[Contender], ids: dict[str, list[Tensor]], new: int) -> l
     return rows
 
 
+def picture(rows: list[dict[str, Any]]) -> str:
+    """Tokens per second of every decoder, a panel for each kind of text, a group for each form and runtime."""
+    groups = list(dict.fromkeys((row["form"], row["runtime"]) for row in rows))
+    panels: dict[str, list[Bar]] = {}
+    for row in rows:
+        middle, half = float(row["tokens_per_s"]), float(row["iqr"]) / 2
+        name = f"{row['form']} {row['runtime']}, {row['decoder']}"
+        bar = Bar(name, middle, max(0.0, middle - half), middle + half, groups.index((row["form"], row["runtime"])))
+        panels.setdefault(f"{row['text']}: tokens per second", []).append(bar)
+    return bars(panels)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2-135m")
@@ -206,6 +220,7 @@ def main() -> None:
     facts = {"model": arguments.model, "threads": arguments.threads, "prompt_tokens": PROMPT, "new_tokens": new}
     if not arguments.quick:
         write_rows(Path("results") / "generate.csv", rows, **facts, train_s=train_s, busy_cores=f"{busy:.1f}")
+        write_atomically(Path("docs") / "generate.svg", picture(rows))
 
 
 if __name__ == "__main__":

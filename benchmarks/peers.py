@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], help="engines to leave out")
     options = parser.parse_args()
     if options.node and not (options.node / "node_modules" / "node-llama-cpp").exists():
-        parser.error(f"{options.node} has no node_modules/node-llama-cpp; npm install --prefix {options.node} node-llama-cpp")
+        parser.error(
+            f"{options.node} has no node_modules/node-llama-cpp; npm install --prefix {options.node} node-llama-cpp"
+        )
     for name in options.models:
         write_rows(Path("results") / f"peers.{name}.csv", compare(name, options))
 
