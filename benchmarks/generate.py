@@ -11,7 +11,8 @@ its 95 % interval, and `over_transformers` against plain decoding in float32 by 
 prompts whose tokens are all those of plain decoding on the same runtime.
 
 Drafts come from the text itself (n-gram), from the same model in 4 bits on the native decoder (draft model), and from
-heads that were trained here for `--train` seconds on State of the Union addresses (medusa).
+parts that were trained here for `--train` seconds each on State of the Union addresses (medusa, gated lora mtp,
+speculative streaming).
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ from lilliput import Workload
 from lilliput._probe import torch_threads
 from lilliput.cache import write_atomically
 from lilliput.device import Device
-from lilliput.methods.decode import DraftModel, Medusa, Ngram, Tally
+from lilliput.methods.decode import DraftModel, GatedLoraMtp, Medusa, Ngram, SpeculativeStreaming, Tally
 from lilliput.methods.quantize.group import Group
 from lilliput.metrics.latency import paired_ratio, wait_until_quiet
 from lilliput.serving import native_sampling
 from lilliput.zoo import text_corpus
 
 COUNTS = {"code": 17, "structured": 17, "free": 16}  # prompts
-PROMPT, NEW = 128, 128  # tokens
+PROMPT, NEW = 128, 64  # tokens
 SETTLE_S = 0.05  # in which the threads of the run before go to sleep
 
 
@@ -83,13 +84,18 @@ def contenders(workload: Workload, train_s: float) -> list[Contender]:
     model: Any = workload.model
     model.generation_config.eos_token_id = None  # every text gets as long as it may
     small: Any = Group(bits=4, group=32).apply(model)
-    heads = Medusa(seconds=train_s, steps=1_000_000).train(workload)
+    long_enough: Any = {"seconds": train_s, "steps": 1_000_000}
+    heads = Medusa(**long_enough).train(workload)
+    adapters = GatedLoraMtp(**long_enough).train(workload)
+    streams = SpeculativeStreaming(**long_enough).train(workload)
     drafted = {"draft_model": small}
     return [
         Contender("float32", "torch", "plain", model),
         Contender("float32", "torch", "n-gram", model, Ngram()),
         Contender("float32", "torch", "draft model", model, DraftModel(draft_runtime="lean"), drafted),
         Contender("float32", "torch", "medusa", model, Medusa(), {"heads": heads}),
+        Contender("float32", "torch", "gated lora mtp", model, GatedLoraMtp(), {"adapters": adapters}),
+        Contender("float32", "torch", "speculative streaming", model, SpeculativeStreaming(), {"streams": streams}),
         Contender("float32", "lean", "plain", model, native_sampling),
         Contender("float32", "lean", "n-gram", model, Ngram(runtime="lean")),
         Contender("float32", "lean", "draft model", model, DraftModel(runtime="lean", draft_runtime="lean"), drafted),
@@ -207,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=Device.here().cores)
-    parser.add_argument("--train", type=float, default=300, help="seconds of training for the heads")
+    parser.add_argument("--train", type=float, default=120, help="seconds of training for each trained part")
     parser.add_argument("--quick", action="store_true", help="six prompts, few tokens; writes nothing")
     arguments = parser.parse_args()
     new, train_s = (24, 20.0) if arguments.quick else (NEW, arguments.train)
