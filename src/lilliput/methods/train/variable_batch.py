@@ -52,6 +52,7 @@ class VariableBatch(Settings):
     )
     seed: int = knob(0, low=0, help="order of sizes and samples")
     facts: ClassVar[Facts] = Facts(stage="train", data=LABELLED, effect="fewer steps an epoch, several picture sizes")
+    paper: ClassVar[str] = "cvnets_sampler"
 
     def __post_init__(self):
         super().__post_init__()
