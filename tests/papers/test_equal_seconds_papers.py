@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from lilliput.errors import UserError
 from lilliput.papers import _equal_seconds, cvnets_sampler, resnet9_small_data, swiftlearn
-from lilliput.papers._equal_seconds import Effort, Found, Trainee, advantage, compare, train_for, training_set
+from lilliput.papers._equal_seconds import Effort, Found, Trainee, compare, train_for, training_set
 
 TINY = Effort(seconds=0.05, seeds=2, pictures=300, test_pictures=50, rates=(1e-3, 1e-2), validation_pictures=50)
 CLEAR, UNCLEAR, WORSE = (1.0, 0.3), (1.0, 0.6), (-1.0, 0.3)
@@ -100,14 +100,6 @@ def test_a_rate_that_breaks_a_training_down_is_out(monkeypatch):
         return SimpleNamespace(model=None)
 
     assert compare({"a": begin}, replace(TINY, rates=(1e-2, 1e-3)), 0)["a"].rate == 1e-3
-
-
-def test_advantages_are_paired_by_seed():
-    of, over = Found(1.0, [90.0, 80.0, 70.0]), Found(1.0, [89.0, 78.0, 67.0])
-    gain, error = advantage(of, over)
-    assert gain == pytest.approx(2.0)
-    assert error == pytest.approx(1 / 3**0.5)
-    assert advantage(Found(1.0, [1.0]), Found(1.0, [0.0])) == (1.0, float("inf"))
 
 
 def test_training_sets_are_drawn_by_the_seed():

@@ -28,12 +28,6 @@ def work():
 # --- OpenELM ---------------------------------------------------------------------------------------------------------
 
 
-def test_gain_is_paired_by_seed():
-    losses = {openelm.OURS: [1.0, 2.0, 3.0], openelm.UNIFORM: [1.5, 2.5, 3.5]}
-    assert openelm.gain(losses, openelm.UNIFORM) == pytest.approx((0.5, 0.0))
-    assert openelm.gain({name: values[:1] for name, values in losses.items()}, openelm.UNIFORM)[1] == float("inf")
-
-
 @pytest.mark.parametrize("effort", [openelm.SMALL, openelm.FULL])
 def test_contenders_have_as_many_weights_within_a_percent(effort):
     found = {name: one.weights(*effort.sizes) for name, one in openelm.contenders(effort).items()}

@@ -16,12 +16,12 @@ from lilliput.papers._equal_seconds import (
     Effort,
     Trainee,
     accuracy_percent,
-    advantage,
     compare,
     endless,
     setup,
 )
 from lilliput.papers._healed import clearly, said
+from lilliput.papers._paired import points_over
 from lilliput.zoo import nets
 from lilliput.zoo.images import Pictures
 
@@ -57,7 +57,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
         FIXED: beginning(of_one_size),
     }
     found = compare(contenders, effort, seed, elsewhere)
-    margins = {rival: advantage(found[OURS], found[rival]) for rival in contenders if rival != OURS}
+    margins = {rival: points_over(found[OURS], found[rival]) for rival in contenders if rival != OURS}
     return Evidence(
         setup=setup(
             f"ResNet-8 of width 8, sizes {', '.join(str(h) for h, _ in SETTINGS.batches([0], (BASE, BASE), 1).table)}, "

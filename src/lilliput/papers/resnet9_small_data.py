@@ -20,12 +20,12 @@ from lilliput.papers._equal_seconds import (
     Begin,
     Effort,
     Trainee,
-    advantage,
     compare,
     endless,
     setup,
 )
 from lilliput.papers._healed import clearly, said
+from lilliput.papers._paired import points_over
 from lilliput.zoo.train import augment
 
 paper = Paper(
@@ -68,7 +68,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
         effort, width = Effort(3.0, 3, 1000, 2000, (0.02, 0.05, 0.1), 1000), 8
     contenders = recipes()
     found = compare({name: beginning(s, width) for name, s in contenders.items()}, effort, seed)
-    margins = {name: advantage(found[ALL], found[name]) for name in contenders if name != ALL}
+    margins = {name: points_over(found[ALL], found[name]) for name in contenders if name != ALL}
     return Evidence(
         setup=setup(f"ResNet-9 of width {width}, SGD with momentum, batches of {BATCH}", effort, seed),
         rows=[one.row(name) for name, one in found.items()],

@@ -38,8 +38,8 @@ def check_family(small: nn.Module, large: nn.Module, method: str) -> tuple[Anato
         names = f"{type(small).__name__} and {type(large).__name__}"
         raise UserError(f"{method} needs two models of one class, with norm and head behind the blocks, not {names}")
     outputs = [in_out(model.get_submodule(first.head or "")) for model in (small, large)]
-    differing: list[tuple[str, Any, Any]] = [("outputs", *(size and size[1] for size in outputs))]  # pyright: ignore
-    differing.append(("types of weights", *(next(model.parameters()).dtype for model in (small, large))))  # pyright: ignore
+    types = [next(model.parameters()).dtype for model in (small, large)]
+    differing = [("outputs", *(size and size[1] for size in outputs)), ("types of weights", *types)]
     configs = [getattr(model, "config", None) for model in (small, large)]
     differing += [(name, *(getattr(config, name, None) for config in configs)) for name in SHARED]
     for name, ours, theirs in differing:
