@@ -26,9 +26,8 @@ from lilliput.anatomy import Anatomy
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
 from lilliput.method import FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Settings, knob
-from lilliput.methods.distill.logits import batches_of, check_same_question, distillation_loss, teacher_logits
+from lilliput.methods.distill.logits import batches_of, check_student, distillation_loss, teacher_logits
 from lilliput.methods.initialize._sewing import check_family, fitted_stitches, sewn
-from lilliput.methods.train._adapting import check_whole_numbers
 from lilliput.training import train
 from lilliput.workload import Batch, Workload
 
@@ -62,18 +61,13 @@ class Stitchable(Settings):
         effect="many speeds of one net, as large as both models",
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_whole_numbers(self)
-
     def join(self, small: nn.Module, large: nn.Module, workload: Workload) -> StitchedNet:
         """A net of copies of both models, stitched on the calibration data and trained on the workload's model.
 
         Raises UserError for models that are not of one family, and for a workload that asks another question.
         """
         found, _ = check_family(small, large, self.name())
-        with torch.no_grad(), evaluating(large), evaluating(workload.model):
-            check_same_question(workload.forward(large, workload.example), teacher_logits(workload, workload.example))
+        check_student(workload, large)
         depths = [len(model.get_submodule(found.block_list)) for model in (small, large)]  # pyright: ignore
         routes = self.between(*depths)
         pairs = list({route.first: (route.first, paired(route.first, *depths)) for route in routes}.values())

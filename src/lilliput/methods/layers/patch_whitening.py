@@ -37,11 +37,6 @@ class PatchWhitening(Settings):
     facts: ClassVar[Facts] = Facts(stage="initialize", data=UNLABELLED, effect="first convolution not learned")
     paper: ClassVar[str] = "resnet9_small_data"
 
-    def __post_init__(self):
-        super().__post_init__()
-        if type(self.size) is not int:
-            raise UserError(f"PatchWhitening.size is {self.size!r}; give a whole number")
-
     def layer(
         self, pictures: Tensor, outputs: int, stride: int = 1, padding: int | None = None, bias: bool = False
     ) -> nn.Sequential:
