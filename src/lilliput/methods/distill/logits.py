@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilliput.anatomy import anatomy
 from lilliput.errors import UserError
 from lilliput.hooks import channels_last, evaluating
 from lilliput.method import BLOCK_COUNT, LAYER_SHAPES, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
@@ -168,12 +167,12 @@ def check_student(work: Workload, student: nn.Module) -> None:
 
 
 def check_tokens(work: Workload, model: nn.Module) -> None:
-    """Raises UserError when the training data holds a token that a model does not embed."""
-    name = anatomy(model).embedding
+    """Raises UserError when the training data holds a token that a model of transformers does not embed."""
+    getter: Any = getattr(model, "get_input_embeddings", None)
     ids = [batch["input_ids"] for batch in _batches_in_memory(work) if "input_ids" in batch]
-    if name is None or not ids:
+    known = getattr(getter(), "num_embeddings", None) if getter and ids else None
+    if known is None:
         return
-    known: Any = model.get_submodule(name).num_embeddings
     low, high = min(int(part.min()) for part in ids), max(int(part.max()) for part in ids)
     if low < 0 or high >= known:
         raise UserError(
@@ -193,7 +192,7 @@ def check_labels(work: Workload, model: nn.Module, otherwise: str) -> None:
         raise UserError(f"a batch has no 'label'; {otherwise} or give labelled data")
     labels = torch.cat([batch["label"].flatten() for batch in batches])
     with evaluating(model):
-        classes = work.forward(model, work.example).shape[-1]
+        classes = work.forward(model, work.example).shape[1]
     wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
     if len(wrong) and not labels.is_floating_point():
         raise UserError(
