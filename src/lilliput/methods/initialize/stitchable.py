@@ -6,6 +6,7 @@
     net = Stitchable(steps=500).join(small, large, workload)
     net.choose(net.routes[2])                                   # from the slowest to the fastest
     net.extract(net.routes[2])                                  # a model of its own, to generate with
+    again = Stitchable(steps=0).join(small, large, workload)    # for again.load_state_dict(net.state_dict())
 
 Paper: Stitchable Neural Networks (Pan, Cai and Zhuang, CVPR 2023, arXiv 2302.06586): from the fast to the slow anchor,
 a route drawn for each step of training, stitches shared by neighbouring routes. The two anchors are routes as well. The
