@@ -31,12 +31,18 @@ def test_the_rule_of_xnor_net(bwn, connect, xnor_ms, holds):
 
 @pytest.mark.parametrize(
     ("second", "third", "ms", "holds"),
-    [(82.0, 83.0, 2.0, True), (80.0, 83.0, 2.0, False), (82.0, 81.0, 2.0, False), (82.0, 83.0, 2.5, False)],
+    [
+        (82.0, 83.0, 2.0, True),
+        (82.0, 81.5, 2.0, True),
+        (80.0, 83.0, 2.0, False),
+        (82.0, 81.0, 2.0, False),
+        (82.0, 83.0, 2.5, False),
+    ],
 )
 def test_the_rule_of_rebnet(second, third, ms, holds):
     found = {name: trained(80.0) for name in rebnet.FORMS}
     found["ReBNet M=2"] = Trained([second - 0.1, second, second + 0.2], nn.Identity())
-    found["ReBNet M=3"] = trained(third)
+    found["ReBNet M=3"] = trained(third, 1.0)
     times = constant(rebnet.FORMS, **{"ReBNet M=2": ms, "ReBNet M=3": 2.8})
     seen = rebnet.evidence(found, times, rebnet.EFFORT, 0, 0.0)
     assert seen.holds is holds

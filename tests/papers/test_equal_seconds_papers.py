@@ -197,6 +197,7 @@ def test_variable_batches_have_to_beat_one_size_and_not_lose_to_growing():
     names = (cvnets_sampler.FIXED, cvnets_sampler.GROWING, cvnets_sampler.SAME_BATCH)
     assert cvnets_sampler.judge(dict.fromkeys(names, CLEAR))
     assert cvnets_sampler.judge(dict.fromkeys(names, CLEAR) | {cvnets_sampler.GROWING: (-1.0, 0.6)})
+    assert not cvnets_sampler.judge(dict.fromkeys(names, (-1.0, 0.6)))
     assert not cvnets_sampler.judge(dict.fromkeys(names, CLEAR) | {cvnets_sampler.FIXED: UNCLEAR})
     assert not cvnets_sampler.judge(dict.fromkeys(names, CLEAR) | {cvnets_sampler.GROWING: WORSE})
 

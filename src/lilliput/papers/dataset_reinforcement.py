@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from lilliput.methods.distill._views import ViewedDataset
 from lilliput.methods.distill.dataset_reinforcement import DatasetReinforcement, ReinforcedDataset
 from lilliput.paper import Evidence, Paper
-from lilliput.papers._healed import clearly, close, said
+from lilliput.papers._healed import clearly, matched, said
 from lilliput.papers._low_rank import difference
 from lilliput.papers._students import (
     BATCH,
@@ -129,7 +129,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
 def judge(gains: dict[tuple[str, str], tuple[float, float]]) -> bool:
     """The rule of `experiment`; gains are (points that ours is better, standard error) by rival and architecture."""
     better = all(clearly(gains[name, student]) for name in RIVALS for student in STUDENTS)
-    return better and all(close(gains[ONLINE, student], 0.0) for student in STUDENTS)
+    return better and all(matched(gains[ONLINE, student]) for student in STUDENTS)
 
 
 def prepared(effort: Effort, seed: int, folder: Path) -> Setting:

@@ -63,9 +63,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
         ratio, points = speedup(steps_ms, "both", "LRD"), difference(found["both"], found["LRD"])
         verdicts.append(ratio.gain and about_as_accurate(found["both"], found["LRD"]))
         dense = speedup(steps_ms, "both", "dense")
-        figures.append(
-            f"{net}: both train {ratio} over LRD, {dense} over dense, {said(points, 2)} points vs LRD"
-        )
+        figures.append(f"{net}: both train {ratio} over LRD, {dense} over dense, {said(points, 2)} points vs LRD")
     return Evidence(
         setup=setup(f"{' and '.join(tried)}, ratio {RATIO}, training in torch float32", effort, seed, busy),
         rows=rows + staircase(effort),

@@ -13,7 +13,7 @@ from lilliput.methods.quantize.binary import BinaryLinear, pack
 from lilliput.metrics.latency import paired_ratio, wait_until_quiet
 from lilliput.paper import Evidence, Paper
 from lilliput.papers._binary_nets import Trained, one_thread_ms, timing, trained
-from lilliput.papers._healed import clearly, close, said
+from lilliput.papers._healed import clearly, matched, said
 from lilliput.papers._low_rank import Effort
 from lilliput.papers._paired import points_over
 
@@ -93,7 +93,7 @@ def evidence(
     second, third = points_over(levels[1], levels[0]), points_over(levels[2], levels[1])
     uniform, behind = points_over(levels[1], found[UNIFORM]), points_over(levels[2], found["float32"])
     cost = {m: paired_ratio(times[f"ReBNet M={m}"], times["ReBNet M=1"]).ratio for m in (2, 3)}
-    holds = clearly(second) and close(third, 0.0) and all(ratio <= COST * m for m, ratio in cost.items())
+    holds = clearly(second) and matched(third) and all(ratio <= COST * m for m, ratio in cost.items())
     return Evidence(
         setup=f"784-{WIDTH}-{WIDTH}-{WIDTH}-10, Fashion-MNIST, {effort.steps} steps of {effort.batch_size} pictures, "
         f"{effort.test_pictures} test pictures, seeds {seed} to {seed + effort.seeds - 1}; layer_ms: {TIMED[1]} x "

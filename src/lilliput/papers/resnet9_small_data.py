@@ -24,7 +24,7 @@ from lilliput.papers._equal_seconds import (
     endless,
     setup,
 )
-from lilliput.papers._healed import clearly, said
+from lilliput.papers._healed import clearly, matched, said
 from lilliput.papers._paired import points_over
 from lilliput.zoo.train import augment
 
@@ -89,8 +89,7 @@ def recipes() -> dict[str, Switches]:
 
 def judge(margins: dict[str, tuple[float, float]]) -> bool:
     """The rule of `experiment`; margins are those of the whole recipe over the others."""
-    parts = [(-gain, error) for name, (gain, error) in margins.items() if name != PLAIN]
-    return clearly(margins[PLAIN]) and not any(clearly(part) for part in parts)
+    return clearly(margins[PLAIN]) and all(matched(margin) for name, margin in margins.items() if name != PLAIN)
 
 
 class Residual(nn.Module):

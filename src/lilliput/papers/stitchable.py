@@ -14,7 +14,7 @@ from lilliput.methods.initialize.stitchable import Stitchable, StitchedNet
 from lilliput.methods.prune.depth import Depth
 from lilliput.paper import Evidence, Paper, Row
 from lilliput.papers._healed import Effort as Data
-from lilliput.papers._healed import close, language_work, said
+from lilliput.papers._healed import language_work, matched, said
 from lilliput.papers._paired import advantage
 from lilliput.workload import Workload
 from lilliput.zoo import nets
@@ -105,7 +105,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
 
 def judge(gain: tuple[float, float], inside: list[bool]) -> bool:
     """The rule of `experiment`; the gain is (nats per token by which routes are better, standard error)."""
-    return close(gain, 0.0) and all(inside)
+    return matched(gain) and all(inside)
 
 
 def compare(found: dict[str, Found], work: Workload, effort: Effort, seed: int) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from lilliput.methods.distill.task_oriented_transfer import Head, TaskOrientedTransfer, features_of, retrieve
 from lilliput.paper import Evidence, Paper
-from lilliput.papers._healed import clearly, close, said
+from lilliput.papers._healed import clearly, matched, said
 from lilliput.papers._low_rank import difference
 from lilliput.papers._students import BATCH, STUDENTS, Found, best_rate, built, held_out, right
 from lilliput.training import train
@@ -119,7 +119,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
 
 def judge(gains: dict[str, tuple[float, float]]) -> bool:
     """The rule of `experiment`; gains are (points by which ours is better, standard error)."""
-    return all(clearly(gains[name]) for name in BEATEN) and all(close(gains[name], 0.0) for name in MATCHED)
+    return all(clearly(gains[name]) for name in BEATEN) and all(matched(gains[name]) for name in MATCHED)
 
 
 def gathered(foundation: nn.Module, effort: Effort) -> Gallery:

@@ -99,7 +99,8 @@ def evidence(
         rows=[one.row(name, *timing(times[name])) for name, one in found.items()],
         holds=bool(holds),
         figure=f"BWN {said(bwn, 1)} points from float32 and {said(unscaled, 1)} from BinaryConnect; XNOR "
-        f"{said(xnor, 1)} from float32, K {said(scaled, 1)}; XNOR convolution {speed} over torch's float32, not 58 times",
+        f"{said(xnor, 1)} from float32, K {said(scaled, 1)}; XNOR convolution {speed} over torch's float32, not 58 "
+        "times",
         limits="A small network, pictures and training instead of AlexNet on ImageNet. A BatchNorm follows every "
         "binary layer and takes up its scale, so unscaled weights lose less than in the paper's comparison. The 58 "
         "times are against a plain float convolution; torch's is far faster. BWN's convolution unpacks its weights at "

@@ -196,8 +196,8 @@ def check_labels(work: Workload, model: nn.Module, otherwise: str) -> None:
     wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
     if len(wrong) and not labels.is_floating_point():
         raise UserError(
-            f"a batch has the label {int(wrong[0])}, but {type(model).__name__} has {classes} outputs; give labels from "
-            f"0 to {classes - 1}"
+            f"a batch has the label {int(wrong[0])}, but {type(model).__name__} has {classes} outputs; "
+            f"give labels from 0 to {classes - 1}"
         )
 
 

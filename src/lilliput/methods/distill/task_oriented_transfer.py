@@ -147,13 +147,15 @@ def _check_fit(student: nn.Module, labelled: Batch, unlabelled: Tensor) -> None:
     missing = [name for name in ("input", "label") if name not in labelled]
     if missing or len(unlabelled) == 0:
         raise UserError(
-            f"labelled holds {', '.join(labelled) or 'nothing'} and there are {len(unlabelled)} unlabelled inputs; give "
-            "{'input', 'label'} and at least one unlabelled input"
+            f"labelled holds {', '.join(labelled) or 'nothing'} and there are {len(unlabelled)} unlabelled inputs; "
+            "give {'input', 'label'} and at least one unlabelled input"
         )
     classes = classes_of(labelled["label"], len(labelled["input"]))
     outputs = features_of(student, labelled["input"][:1]).shape[1]
     if outputs != classes:
-        raise UserError(f"the student has {outputs} outputs, but the labels are of {classes} classes; give one for each")
+        raise UserError(
+            f"the student has {outputs} outputs, but the labels are of {classes} classes; give one for each"
+        )
 
 
 def retrieve(gallery: Tensor, queries: Tensor, count: int, balanced: bool = True) -> Tensor:

@@ -130,8 +130,8 @@ class ImportanceSampler(ResumableSampler[int]):
 
     def _check_classes(self, classes: int) -> None:
         if int(self.labels.max()) >= classes:
-            raise UserError(f"a label is {int(self.labels.max())}, but outputs have {classes} classes; give labels from "
-                            "0 and one output for each class")  # fmt: skip
+            raise UserError(f"a label is {int(self.labels.max())}, but outputs have {classes} classes; give labels "
+                            "from 0 and one output for each class")  # fmt: skip
 
     def look(self, epoch: int, choose: bool = True) -> None:
         """Score the samples, by a pass over all of them when not every output is fresh, and choose the subset."""
