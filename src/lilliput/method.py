@@ -15,6 +15,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from importlib.metadata import entry_points
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lilliput.errors import UserError
@@ -102,8 +103,12 @@ class Settings:
     """Base of everything configured by a frozen dataclass of knobs: checks its values when it is made."""
 
     def __post_init__(self):
+        defaults, owner = self.defaults(), type(self).__name__
         for name, limits in self.knobs().items():
-            limits.check(name, getattr(self, name), type(self).__name__)
+            value = getattr(self, name)
+            limits.check(name, value, owner)
+            if type(defaults.get(name)) is int and not isinstance(value, Integral):
+                raise UserError(f"{owner}.{name} is {value!r}; give a whole number")
 
     @classmethod
     def name(cls) -> str:
@@ -182,12 +187,6 @@ class CachePolicy(Settings):
 
     facts: ClassVar[Facts]
     paper: ClassVar[str] = ""
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, default in self.defaults().items():
-            if type(default) is int and type(value := getattr(self, name)) is not int:
-                raise UserError(f"{type(self).__name__}.{name} is {value!r}; give a whole number")
 
     def cache(self, model: nn.Module) -> Cache:
         """An empty cache for one text or one batch of texts. Raises UserError for a model that it does not fit."""

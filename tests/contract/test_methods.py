@@ -129,6 +129,8 @@ def test_values_outside_a_knob_are_refused_with_the_value(name):
         wrong = ["nonsense"] if knob.choices is not None else [float("nan"), "nonsense"]
         wrong += [] if knob.choices is not None or knob.low is None else [knob.low - 1]
         wrong += [] if knob.choices is not None or knob.high is None else [knob.high + 1]
+        default = cls.defaults()[key]
+        wrong += [float(default), default + 0.5] if type(default) is int else []
         for value in wrong:
             with pytest.raises(UserError) as caught:
                 cls(**{key: value})

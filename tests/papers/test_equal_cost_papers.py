@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lilliput.errors import UserError
-from lilliput.papers import epas, gqkva, skipvit
+from lilliput.papers import _vision_cost, epas, gqkva, skipvit
 from lilliput.papers._equal_cost import SECONDS, STEPS, Effort, Found, compare, faster_steps, margin, plain, tuned_rate
 from lilliput.workload import Workload, windows
 
@@ -84,20 +84,43 @@ def test_a_margin_is_paired_and_its_error_the_larger_of_two():
     assert margin(found, "a", "b", STEPS, higher_is_better=False) == pytest.approx((2.5, 1.5))
 
 
-# --- GQKVA -----------------------------------------------------------------------------------------------------------
+# --- vision transformers ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("full", "narrower", "faster", "holds"),
+    ("full", "rivals", "faster", "holds"),
     [
-        ((-1.0, 0.4), (0.0, 1.0), 1.01, True),
-        ((-1.0, 0.6), (0.0, 1.0), 1.01, False),
-        ((-1.0, 0.4), (-0.1, 1.0), 1.01, False),
-        ((-1.0, 0.4), (0.0, 1.0), 0.99, False),
+        ((-1.0, 0.4), [(0.0, 1.0), (0.1, 1.0)], 1.01, True),
+        ((-1.0, 0.6), [(0.0, 1.0), (0.1, 1.0)], 1.01, False),
+        ((-1.0, 0.4), [(0.0, 1.0), (-0.1, 1.0)], 1.01, False),
+        ((-1.0, 0.4), [(0.0, 1.0), (0.1, 1.0)], 0.99, False),
     ],
 )
-def test_grouped_heads_have_to_stay_close_train_faster_and_match_the_narrower(full, narrower, faster, holds):
-    assert gqkva.judge(full, narrower, faster) is holds
+def test_a_cheaper_net_has_to_stay_close_match_its_rivals_and_train_faster(full, rivals, faster, holds):
+    assert _vision_cost.judge(full, rivals, faster) is holds
+
+
+@pytest.mark.parametrize("module", [gqkva, skipvit])
+def test_an_experiment_gives_rows_and_says_the_gains(module, monkeypatch):
+    monkeypatch.setattr(_vision_cost, "fashion", lambda effort, seed: pictures(seed))
+    monkeypatch.setattr(module, "Effort", lambda *args, **named: FEW)
+    evidence = module.experiment(seed=1)
+    assert len(evidence.rows) == 4 + (module is gqkva)
+    assert "seeds from 1" in evidence.setup
+    assert evidence.figure.count("±") == (6 if module is gqkva else 4)
+    assert isinstance(evidence.holds, bool)
+
+
+def test_pictures_are_drawn_by_the_seed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(_vision_cost, "pictures_work", lambda model, seed, drawn: seen.append((seed, drawn)))
+    _vision_cost.fashion(TINY, 3)
+    assert seen[0][0] == 3
+    assert seen[0][1].steps * seen[0][1].batch_size == TINY.training_samples
+    assert seen[0][1].test_pictures == TINY.test_samples
+
+
+# --- GQKVA -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_contender_with_grouped_heads_runs():
@@ -150,19 +173,6 @@ def test_text_comes_in_batches_of_its_own(monkeypatch):
 # --- SkipViT ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("full", "rivals", "faster", "holds"),
-    [
-        ((-1.0, 0.4), [(0.0, 1.0), (0.1, 1.0)], 1.01, True),
-        ((-1.0, 0.6), [(0.0, 1.0), (0.1, 1.0)], 1.01, False),
-        ((-1.0, 0.4), [(0.0, 1.0), (-0.1, 1.0)], 1.01, False),
-        ((-1.0, 0.4), [(0.0, 1.0), (0.1, 1.0)], 0.99, False),
-    ],
-)
-def test_skipping_has_to_stay_close_beat_its_rivals_and_train_faster(full, rivals, faster, holds):
-    assert skipvit.judge(full, rivals, faster) is holds
-
-
 def test_every_contender_that_skips_runs():
     found, models = compare(skipvit.contenders(), pictures, FEW, seed=0)
     sizes = {name: one.facts["weights"][0] for name, one in found.items()}
@@ -170,12 +180,3 @@ def test_every_contender_that_skips_runs():
     assert [type(b).__name__ for b in models[skipvit.OURS].blocks] == [
         "TransformerBlock", "TransformerBlock", "OrderingBlock", "SkippedBlock", "SkippedBlock", "TransformerBlock",
     ]  # fmt: skip
-
-
-def test_pictures_are_drawn_by_the_seed(monkeypatch):
-    seen = []
-    monkeypatch.setattr(gqkva, "pictures_work", lambda model, seed, drawn: seen.append((seed, drawn)))
-    gqkva.fashion(TINY, 3)
-    assert seen[0][0] == 3
-    assert seen[0][1].steps * seen[0][1].batch_size == TINY.training_samples
-    assert seen[0][1].test_pictures == TINY.test_samples

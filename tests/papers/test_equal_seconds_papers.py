@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from lilliput.errors import UserError
-from lilliput.papers import _equal_seconds, swiftlearn
-from lilliput.papers._equal_seconds import Effort, Found, Trainee, advantage, compare, train_for, training_set
+from lilliput.papers import _equal_seconds, cvnets_sampler, resnet9_small_data, swiftlearn
+from lilliput.papers._equal_seconds import Effort, Found, Trainee, compare, train_for, training_set
 
 TINY = Effort(seconds=0.05, seeds=2, pictures=300, test_pictures=50, rates=(1e-3, 1e-2), validation_pictures=50)
-CLEAR, UNCLEAR = (1.0, 0.3), (1.0, 0.6)
+CLEAR, UNCLEAR, WORSE = (1.0, 0.3), (1.0, 0.6), (-1.0, 0.3)
 
 
 class Clock:
@@ -101,14 +102,6 @@ def test_a_rate_that_breaks_a_training_down_is_out(monkeypatch):
     assert compare({"a": begin}, replace(TINY, rates=(1e-2, 1e-3)), 0)["a"].rate == 1e-3
 
 
-def test_advantages_are_paired_by_seed():
-    of, over = Found(1.0, [90.0, 80.0, 70.0]), Found(1.0, [89.0, 78.0, 67.0])
-    gain, error = advantage(of, over)
-    assert gain == pytest.approx(2.0)
-    assert error == pytest.approx(1 / 3**0.5)
-    assert advantage(Found(1.0, [1.0]), Found(1.0, [0.0])) == (1.0, float("inf"))
-
-
 def test_training_sets_are_drawn_by_the_seed():
     first, again, other = (training_set(s, 20) for s in (0, 0, 1))
     assert torch.equal(first.tensors[0], again.tensors[0])
@@ -160,9 +153,65 @@ def test_rows_of_swiftlearn_say_how_many_wrong_labels_were_chosen():
     assert rows[1].values["wrong_labels_chosen_percent"] == 12.0
 
 
-def test_an_experiment_gives_rows_and_a_verdict(monkeypatch):
-    monkeypatch.setattr(swiftlearn, "Effort", lambda *args: TINY)
-    evidence = swiftlearn.experiment(seed=1)
+# --- ResNet-9 --------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_the_whole_without_one_part_each():
+    found = resnet9_small_data.recipes()
+    switched = {name: sum(vars(s).values()) for name, s in found.items()}
+    assert switched.pop(resnet9_small_data.ALL) == 5
+    assert switched.pop(resnet9_small_data.PLAIN) == 0
+    assert set(switched.values()) == {4}
+    assert len(switched) == 5
+
+
+def test_the_recipe_has_to_beat_the_plain_one_and_no_part_may_cost_more_than_it_gives():
+    names = list(resnet9_small_data.recipes())[1:]
+    assert resnet9_small_data.judge(dict.fromkeys(names, CLEAR))
+    assert resnet9_small_data.judge(dict.fromkeys(names, UNCLEAR) | {resnet9_small_data.PLAIN: CLEAR})
+    assert not resnet9_small_data.judge(dict.fromkeys(names, CLEAR) | {resnet9_small_data.PLAIN: UNCLEAR})
+    assert not resnet9_small_data.judge(dict.fromkeys(names, CLEAR) | {"without sam": WORSE})
+
+
+@pytest.mark.parametrize("name", list(resnet9_small_data.recipes()))
+def test_every_recipe_learns(name):
+    pictures, labels, index = training_set(0, 128).tensors
+    data = TensorDataset(pictures, labels, index)
+    one = resnet9_small_data.beginning(resnet9_small_data.recipes()[name], 2)(data, 0, 0.02)
+    before = [p.detach().clone() for p in one.model.parameters() if p.requires_grad]
+    one.model.train()
+    for _ in range(2):
+        one.step(one.draw(0.0))
+    moved = [p for p in one.model.parameters() if p.requires_grad]
+    assert len(moved) == len(before)
+    assert not any(torch.equal(a, b) for a, b in zip(before, moved))
+    assert all(torch.isfinite(p).all() for p in moved)
+    whitened = sum(not p.requires_grad for p in one.model.parameters())
+    assert whitened == (0 if name in ("without whitening", resnet9_small_data.PLAIN) else 2)
+
+
+# --- CVNets ----------------------------------------------------------------------------------------------------
+
+
+def test_variable_batches_have_to_beat_one_size_and_not_lose_to_growing():
+    names = (cvnets_sampler.FIXED, cvnets_sampler.GROWING, cvnets_sampler.SAME_BATCH)
+    assert cvnets_sampler.judge(dict.fromkeys(names, CLEAR))
+    assert cvnets_sampler.judge(dict.fromkeys(names, CLEAR) | {cvnets_sampler.GROWING: (-1.0, 0.6)})
+    assert not cvnets_sampler.judge(dict.fromkeys(names, (-1.0, 0.6)))
+    assert not cvnets_sampler.judge(dict.fromkeys(names, CLEAR) | {cvnets_sampler.FIXED: UNCLEAR})
+    assert not cvnets_sampler.judge(dict.fromkeys(names, CLEAR) | {cvnets_sampler.GROWING: WORSE})
+
+
+def test_growing_pictures_come_in_fitting_batches():
+    draw = cvnets_sampler.growing(training_set(0, 300), 0)
+    shapes = [tuple(draw(done)[0].shape) for done in (0.0, 0.3, 0.6, 0.99, 1.0)]
+    assert shapes == [(196, 1, 16, 16), (125, 1, 20, 20), (87, 1, 24, 24), (64, 1, 28, 28), (64, 1, 28, 28)]
+
+
+@pytest.mark.parametrize("module", [swiftlearn, resnet9_small_data, cvnets_sampler])
+def test_an_experiment_gives_rows_and_a_verdict(module, monkeypatch):
+    monkeypatch.setattr(module, "Effort", lambda *args: TINY)
+    evidence = module.experiment(seed=1)
     assert isinstance(evidence.holds, bool)
     assert len(evidence.rows) >= 4
     assert "seeds 1 to 2" in evidence.setup

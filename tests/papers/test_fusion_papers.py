@@ -1,11 +1,11 @@
-"""The experiments on fused, expanded and layer-wise scaled nets, on tiny ones, and their rules."""
+"""The experiments on fused, stitched, expanded and layer-wise scaled nets, on tiny ones, and their rules."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from lilliput.papers import openelm, ot_fusion, tleg
+from lilliput.papers import openelm, ot_fusion, stitchable, tleg
 from lilliput.papers._healed import Effort as Data
 from lilliput.papers._pictures import Table
 from lilliput.workload import Workload, windows
@@ -26,12 +26,6 @@ def work():
 
 
 # --- OpenELM ---------------------------------------------------------------------------------------------------------
-
-
-def test_gain_is_paired_by_seed():
-    losses = {openelm.OURS: [1.0, 2.0, 3.0], openelm.UNIFORM: [1.5, 2.5, 3.5]}
-    assert openelm.gain(losses, openelm.UNIFORM) == pytest.approx((0.5, 0.0))
-    assert openelm.gain({name: values[:1] for name, values in losses.items()}, openelm.UNIFORM)[1] == float("inf")
 
 
 @pytest.mark.parametrize("effort", [openelm.SMALL, openelm.FULL])
@@ -120,3 +114,30 @@ def test_new_blocks_stand_between_the_parents_other_parts(work):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     old = work.model.model.layers[0].mlp.up_proj.weight
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, old)
+
+
+# --- stitches --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gain", "inside", "holds"),
+    [((0.1, 0.01), [True] * 3, True), ((-0.01, 0.01), [True] * 3, True), ((-0.03, 0.01), [True] * 3, False),
+     ((0.1, 0.01), [True, False, True], False)],
+)  # fmt: skip
+def test_routes_have_to_be_as_good_as_cut_nets_and_lie_between_their_anchors(gain, inside, holds):
+    assert stitchable.judge(gain, inside) is holds
+
+
+def test_every_route_has_a_cut_net_of_no_more_weights(work, monkeypatch):
+    tiny = {"dim": 16, "layers": 4, "heads": 2, "kv_heads": 1, "hidden": 24}
+    monkeypatch.setattr(stitchable, "SMALL_NET", tiny)
+    found = {}
+    stitchable.compare(found, work, stitchable.Effort(0.1, 0.1, 1, DATA), 0)
+    weights = {name: one.weights for name, one in found.items()}
+    routes, cuts = ([weights[name] for name in found if name.startswith(kind)] for kind in ("route", "cut"))
+    assert len(routes) == len(cuts) == 3
+    assert all(cut <= route for route, cut in zip(sorted(routes), sorted(cuts)))
+    assert weights[stitchable.LARGE] > max(routes)
+    assert weights[stitchable.SMALL_ANCHOR] < min(routes)
+    assert all(len(one.losses) == 1 for one in found.values())
+    assert found[stitchable.LARGE].row("x").values["seconds"] > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lilliput.papers import _healed, echo_llama, kv_heads, shared_attention
-from lilliput.papers._healed import Effort, Found, close, margin
+from lilliput.papers._healed import Effort, Found, close, margin, matched
 from lilliput.workload import Workload, windows
 from lilliput.zoo import nets
 
@@ -27,6 +27,8 @@ def test_difference_is_paired_by_window_and_averaged_over_seeds():
     assert margin({"a": ours, "b": other}, "a", "b") == pytest.approx((1.0, 0.0))
     assert close((-0.03, 0.01), 0.05)
     assert not close((-0.03, 0.02), 0.05)
+    assert matched((-0.02, 0.01))
+    assert not matched((-0.03, 0.01))
 
 
 def test_spread_is_over_seeds_or_else_over_windows():

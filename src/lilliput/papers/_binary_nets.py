@@ -48,13 +48,6 @@ def trained(build: Callable[[], nn.Module], seed: int, effort: Effort, lr: float
     return Trained(accuracies, network)
 
 
-def advantage(of: Trained, over: Trained) -> tuple[float, float]:
-    """Points of accuracy `of` has more than `over`: mean over seeds and the standard error of that mean."""
-    gains = [a - b for a, b in zip(of.accuracies, over.accuracies)]
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("inf")
-    return statistics.fmean(gains), error
-
-
 def one_thread_ms(runs: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each layer on the same input, in turn, on one thread."""
     with torch_threads(1), torch.inference_mode():

@@ -144,13 +144,6 @@ def compare(
     return found
 
 
-def advantage(of: Found, over: Found) -> tuple[float, float]:
-    """Points of accuracy `of` has more than `over`: mean over seeds and the standard error of that mean."""
-    gains = [a - b for a, b in zip(of.accuracies, over.accuracies)]
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("inf")
-    return statistics.fmean(gains), error
-
-
 def setup(what: str, effort: Effort, seed: int) -> str:
     """What was run, in words."""
     return (

@@ -101,6 +101,11 @@ def clearly(difference: tuple[float, float]) -> bool:
     return difference[0] > 2 * difference[1]
 
 
+def matched(difference: tuple[float, float]) -> bool:
+    """Not worse by more than two standard errors."""
+    return difference[0] >= -2 * difference[1]
+
+
 def close(difference: tuple[float, float], tolerated: float) -> bool:
     """Not worse by more than `tolerated`, even two standard errors below what was measured."""
     return difference[0] - 2 * difference[1] >= -tolerated

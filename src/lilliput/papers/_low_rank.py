@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from lilliput.metrics.latency import Comparison, paired_ratio
 from lilliput.paper import Row
+from lilliput.papers._healed import close
+from lilliput.papers._paired import advantage
 from lilliput.runtimes import find_runtime
 from lilliput.training import Callback, History, train
 from lilliput.workload import Batch, Workload
@@ -137,14 +139,12 @@ class Contender:
 
 def difference(of: Contender, over: Contender) -> tuple[float, float]:
     """(points of accuracy `of` has more than `over`, standard error), paired by picture and seed."""
-    paired = torch.cat([a - b for a, b in zip(of.right, over.right)])
-    return float(paired.mean()), float(paired.std()) / len(paired) ** 0.5
+    return advantage(torch.cat(over.right), torch.cat(of.right))
 
 
 def about_as_accurate(of: Contender, over: Contender) -> bool:
     """Not worse by TOLERATED_POINTS even two standard errors below what was measured."""
-    points, error = difference(of, over)
-    return points - 2 * error > -TOLERATED_POINTS
+    return close(difference(of, over), TOLERATED_POINTS)
 
 
 def setup(what: str, effort: Effort, seed: int, busy: float) -> str:

@@ -1,10 +1,11 @@
-"""Comparing language models on the same windows of text: differences in nats per token with their standard error."""
+"""Comparing models on the same windows of text or the same seeds: differences with their standard error."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,28 @@ def advantage(ours: Tensor, other: Tensor) -> tuple[float, float]:
     """Mean of other - ours over windows (positive: ours is better), and its standard error."""
     gain = (other - ours).double()
     return float(gain.mean()), float(gain.std() / len(gain) ** 0.5)
+
+
+def advantage_by_seed(ours: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """Mean of ours - other, a value of each for every seed (positive: ours has more), and its standard error; infinite
+    for a single seed."""
+    gains = [a - b for a, b in zip(ours, other, strict=True)]
+    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("inf")
+    return statistics.fmean(gains), error
+
+
+class Scored(Protocol):
+    """What was measured of a contender."""
+
+    @property
+    def accuracies(self) -> Sequence[float]:
+        """Percent right, for every seed."""
+        ...
+
+
+def points_over(of: Scored, over: Scored) -> tuple[float, float]:
+    """Points of accuracy `of` has more than `over`: mean over seeds and the standard error of that mean."""
+    return advantage_by_seed(of.accuracies, over.accuracies)
 
 
 def last_losses(logits: Tensor, windows: Tensor, count: int) -> Tensor:

@@ -27,6 +27,7 @@ from lilliput.methods.prune.channels import Channels
 from lilliput.metrics.latency import measure, wait_until_quiet
 from lilliput.moments import input_shapes
 from lilliput.paper import Evidence, Paper
+from lilliput.papers._healed import said
 from lilliput.papers._low_rank import (
     Contender,
     Effort,
@@ -187,14 +188,13 @@ def tighten(model: nn.Module, ratio: float) -> nn.Module:
 
 def _evidence(found: dict[str, Contender], served_ms, effort: Effort, seed: int, busy: float) -> Evidence:
     over_lrd, over_dense = speedup(served_ms, ALL, LRD), speedup(served_ms, ALL, "dense")
-    points, error = difference(found[ALL], found[LRD])
-    rival, rival_error = difference(found[ALL], found[PRUNED])
+    over = {name: said(difference(found[ALL], found[name]), 2) for name in (LRD, PRUNED)}
     return Evidence(
         setup=setup(f"{NET}, 3x3 layers at ratio {RATIO}, {BRANCHES} branches", effort, seed, busy),
         rows=[contender.row(name) for name, contender in found.items()],
         holds=bool(over_lrd.gain and over_dense.gain and about_as_accurate(found[ALL], found[LRD])),
-        figure=f"all four: {over_lrd} over LRD, {over_dense} over dense, {points:+.2f} ± {error:.2f} points against "
-        f"LRD, {rival:+.2f} ± {rival_error:.2f} against channel pruning of equal latency",
+        figure=f"all four: {over_lrd} over LRD, {over_dense} over dense, {over[LRD]} points against LRD, "
+        f"{over[PRUNED]} against channel pruning of equal latency",
         limits="Only the 3x3 layers of a small network are decomposed, and fine-tuning is short; the side that norms "
         "move to and the staircase criterion are reconstructions.",
     )

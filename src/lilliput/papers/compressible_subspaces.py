@@ -16,7 +16,9 @@ from lilliput.methods.prune.channels import Channels
 from lilliput.methods.train.compressible_subspaces import CompressibleSubspaces, at
 from lilliput.metrics.memory import weight_bytes
 from lilliput.paper import Evidence, Paper, Row
+from lilliput.papers._healed import close, said
 from lilliput.papers._low_rank import Effort, interleave, middle, pictures_work, speedup
+from lilliput.papers._paired import advantage_by_seed
 from lilliput.papers._policies import renew_norms_
 from lilliput.papers.hidden_networks import network
 from lilliput.training import train
@@ -174,23 +176,18 @@ def timed(networks: Mapping[float, nn.Module], rounds: int, seed: int) -> dict[s
         return interleave({name: lambda run=run: run(x) for name, run in runs.items()}, rounds)
 
 
-def margin(ours: Found, other: Found) -> tuple[float, float]:
-    """Points of accuracy by which ours is better, averaged over widths, and the standard error over seeds."""
-    gains = [a - b for a, b in zip(ours.means(), other.means())]
-    return fmean(gains), stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("inf")
-
-
 def judge(over_separate: tuple[float, float], over_anew: tuple[float, float]) -> bool:
     """The rule of `experiment`; margins are (points by which the line is better, standard error)."""
-    return all(points - 2 * error > -TOLERATED_POINTS for points, error in (over_separate, over_anew))
+    return close(over_separate, TOLERATED_POINTS) and close(over_anew, TOLERATED_POINTS)
 
 
 def evidence(
     found: Mapping[str, Found], times: Mapping[str, list[float]], seconds: float, effort: Effort, seed: int
 ) -> Evidence:
     """Rows and verdict of what was trained and timed."""
-    gains = {name: margin(found[LINE], found[name]) for name in CONTENDERS if name != LINE}
-    said = {name: f"{points:+.1f} ± {error:.1f}" for name, (points, error) in gains.items()}
+    means = {name: one.means() for name, one in found.items()}
+    gains = {name: advantage_by_seed(means[LINE], means[name]) for name in CONTENDERS if name != LINE}
+    points = {name: said(gain, 1) for name, gain in gains.items()}
     rows = [one.row(name) for name, one in found.items()]
     for name, taken in times.items():
         ms, spread = middle(list(taken))
@@ -202,9 +199,9 @@ def evidence(
         f"{seed + effort.seeds - 1}; {torch.get_num_threads()} threads, CPU",
         rows=rows,
         holds=judge(gains[SEPARATE], gains[ANEW]),
-        figure=f"the line, averaged over widths: {said[SEPARATE]} points from nets trained for each width, "
-        f"{said[ANEW]} from batch norms with new statistics, {said[PRUNED]} from pruned nets, {said[POINT]} from one "
-        f"set of weights; a quarter of the width is {speedup(times, fast, slow)} over the whole",
+        figure=f"the line, averaged over widths: {points[SEPARATE]} points from nets trained for each width, "
+        f"{points[ANEW]} from batch norms with new statistics, {points[PRUNED]} from pruned nets, {points[POINT]} from "
+        f"one set of weights; a quarter of the width is {speedup(times, fast, slow)} over the whole",
         limits="Channels only, three widths of a small net, seconds where the paper has 200 epochs of CIFAR-10. The "
         "nets trained for each width get a third of the seconds each, and a step of the line runs four networks. The "
         "line is stored twice; with unstructured zeros nothing would be faster.",

@@ -23,6 +23,7 @@ from lilliput.methods.quantize.codebook import Codebook
 from lilliput.methods.quantize.dkm import Dkm, clustered_, train_
 from lilliput.methods.quantize.group import Group, fitting_group
 from lilliput.paper import Evidence, Paper
+from lilliput.papers._healed import clearly, said
 from lilliput.papers._paired import advantage, bits_per_weight, drawn_test
 from lilliput.papers._pictures import Table
 from lilliput.workload import Workload
@@ -185,15 +186,15 @@ def evidence(table: Table, losses: dict[str, Tensor], bits: tuple[int, ...], ste
     rows = {row.name: row for row in table.rows()}
     plain, small = (rows[MODES[m]].values["saved_mb_3_bits"] for m in ("copy", "unique"))
     rivals = {name: advantage(losses[f"{OURS} 3"], losses[f"{name} 3"]) for name in (QAT, TUNED_KMEANS, KMEANS)}
-    better = all(gain > 2 * error for gain, error in rivals.values())
-    name, (gain, error) = min(rivals.items(), key=lambda item: item[1][0])
+    better = all(map(clearly, rivals.values()))
+    name, gain = min(rivals.items(), key=lambda item: item[1][0])
     return Evidence(
         setup=f"llama-tiny, {', '.join(map(str, bits))} bits, groups of {GROUP}, {steps} steps of 4 x 256 tokens at "
         f"rates {LR}, seed {seed}; memory also of one layer of {WIDE[0]} x {WIDE[1]}; CPU",
         rows=list(rows.values()),
         holds=plain / small >= LEAST_SAVING and better,
         figure=f"saved at 3 bits: {plain:.0f} -> {small:.1f} MB ({plain / small:.0f} times less); loss "
-        f"{gain:+.3f} ± {error:.3f} nats per token against the best rival ({name})",
+        f"{said(gain)} nats per token against the best rival ({name})",
         limits="A small model and few steps. On one memory autograd shares equal tensors by itself, so that "
         "marshalling gains only against copies to another memory; those are counted, not made. Small layers have about "
         "as many values as weights. Scales per group and the temperature rule are ours; the trained rival has a zero "

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
-import torch
 from torch import nn
 
 from lilliput.methods.layers.gqkva import Gqkva
 from lilliput.paper import Evidence, Paper
-from lilliput.papers._equal_cost import (
-    SECONDS,
-    STEPS,
-    Contender,
-    Effort,
-    compare,
-    faster_steps,
-    margin,
-    plain,
-    times,
-)
-from lilliput.papers._healed import close, said
-from lilliput.papers._low_rank import Effort as Drawn
-from lilliput.papers._low_rank import pictures_work
-from lilliput.workload import Workload
+from lilliput.papers._equal_cost import SECONDS, STEPS, Contender, Effort, plain, times
+from lilliput.papers._vision_cost import judge, race, setup
 from lilliput.zoo import nets
 
 paper = Paper(
@@ -43,7 +28,6 @@ MULTI_QUERY, GROUPED = "multi-query (8, 1)", "grouped-query (8, 2)"
 NARROWER = "multi-head, narrower feed-forward, as many weights as (4, 2)"
 PAIRS = {OURS: (4, 2), GROUPED: (8, 2), MULTI_QUERY: (8, 1)}
 FURTHER = {"grouped queries and states (2, 4)": (2, 4), "one query for all heads (1, 8)": (1, 8)}
-TOLERATED = 2.0  # points of accuracy that count as a small loss, two standard errors included
 SHAPE = {"dim": 64, "layers": 4, "heads": 8, "patch": 7}
 
 
@@ -57,28 +41,19 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     """
     effort = Effort(steps=3000, seconds=90, seeds=3, training_samples=48_000) if full else Effort(200, 4.0, 3)
     field = contenders(PAIRS | (FURTHER if full else {}))
-    found, models = compare(field, partial(fashion, effort), effort, seed)
-    faster = faster_steps(found, models, fashion(effort, seed), OURS, FULL, effort.rounds)
-    gains = {(name, way): margin(found, OURS, name, way, True) for name in field for way in (STEPS, SECONDS)}
-    smaller = 1 - found[OURS].facts["weights"][0] / found[FULL].facts["weights"][0]
+    ran = race(field, effort, seed, OURS, FULL)
+    smaller = 1 - ran.found[OURS].facts["weights"][0] / ran.found[FULL].facts["weights"][0]
     return Evidence(
-        setup=f"vision transformer of {SHAPE}, Fashion-MNIST, batches of 32, {effort.steps} steps and again "
-        f"{effort.seconds} s for each, rates {effort.rates} tried; {effort.test_samples} test pictures, {effort.seeds} "
-        f"seeds from {seed}; {torch.get_num_threads()} threads, CPU",
-        rows=[one.row(name, "accuracy_percent") for name, one in found.items()],
-        holds=judge(gains[FULL, STEPS], gains[NARROWER, SECONDS], faster.low),
-        figure=f"(4, 2) has {smaller:.0%} fewer weights and trains {times(faster)}; points over multi-head "
-        f"{said(gains[FULL, STEPS], 1)} at equal steps, {said(gains[FULL, SECONDS], 1)} at equal seconds; over the "
-        f"narrower net {said(gains[NARROWER, STEPS], 1)} and {said(gains[NARROWER, SECONDS], 1)}; over multi-query "
-        f"{said(gains[MULTI_QUERY, STEPS], 1)} and {said(gains[MULTI_QUERY, SECONDS], 1)}",
+        setup=setup(str(SHAPE), effort, seed),
+        rows=ran.rows(),
+        holds=judge(ran.gains[FULL, STEPS], [ran.gains[NARROWER, SECONDS]], ran.faster.low),
+        figure=f"(4, 2) has {smaller:.0%} fewer weights and trains {times(ran.faster)}; points over multi-head "
+        f"{ran.said(FULL, STEPS)} at equal steps, {ran.said(FULL, SECONDS)} at equal seconds; over the narrower net "
+        f"{ran.said(NARROWER, STEPS)} and {ran.said(NARROWER, SECONDS)}; over multi-query "
+        f"{ran.said(MULTI_QUERY, STEPS)} and {ran.said(MULTI_QUERY, SECONDS)}",
         limits="Nets of 0.2 million weights on 17 tokens of small pictures, trained for minutes at most, where the "
         "paper trains ViT-small on ImageNet. Which query meets which key in the cases between is ours.",
     )
-
-
-def judge(over_full: tuple[float, float], over_narrower: tuple[float, float], faster_low: float) -> bool:
-    """The rule of `experiment`; margins are (points by which ours is better, standard error)."""
-    return close(over_full, TOLERATED) and over_narrower[0] >= 0 and faster_low > 1
 
 
 def contenders(pairs: dict[str, tuple[int, int]]) -> dict[str, Contender]:
@@ -90,9 +65,3 @@ def contenders(pairs: dict[str, tuple[int, int]]) -> dict[str, Contender]:
 
     made = {FULL: plain(lambda: nets.vit(**SHAPE)), **{name: plain(grouped(*pair)) for name, pair in pairs.items()}}
     return made | {NARROWER: plain(lambda: nets.vit(**SHAPE, mlp_ratio=3))}
-
-
-def fashion(effort: Effort, seed: int) -> Workload:
-    """Fashion-MNIST in batches of 32, training pictures drawn by the seed."""
-    drawn = Drawn(effort.training_samples // 32, effort.test_samples, effort.rounds, 1, batch_size=32)
-    return pictures_work(nn.Identity(), seed, drawn)

@@ -18,6 +18,7 @@ from lilliput.methods.decode.kv_prediction import KvPrediction, adamw, first_tok
 from lilliput.methods.distill.logits import batches_of
 from lilliput.metrics.latency import Comparison, wait_until_quiet
 from lilliput.paper import Evidence, Paper, Row
+from lilliput.papers._healed import clearly, said
 from lilliput.papers._low_rank import interleave, middle, speedup
 from lilliput.papers._paired import advantage, last_losses
 from lilliput.serving import native_sampling
@@ -138,11 +139,10 @@ def summary(found: dict[str, Found], margins: Margins, ratios: dict[str, Compari
     for prompt, _ in effort.prompts:
         whole = found[at(WHOLE, prompt)].by_window()
         lost = [advantage(whole, found[at(OURS, prompt, keep)].by_window()) for keep in effort.keeps]
-        listed = ", ".join(f"{m:+.3f} ± {e:.3f}" for m, e in lost)
+        listed = ", ".join(map(said, lost))
         nearest = min((key for key in margins if key[1] == prompt), key=lambda key: margins[key][0])
-        mean, error = margins[nearest]
         parts.append(
-            f"{prompt} tokens: {listed} nats from the whole model, {mean:+.3f} ± {error:.3f} over {nearest[0]} at "
+            f"{prompt} tokens: {listed} nats from the whole model, {said(margins[nearest])} over {nearest[0]} at "
             f"{nearest[2]:.0%} of the blocks"
         )
     times = ", ".join(f"{name} {ratio}" for name, ratio in ratios.items())
@@ -152,7 +152,7 @@ def summary(found: dict[str, Found], margins: Margins, ratios: dict[str, Compari
 
 def judge(margins: Margins, ratios: dict[str, Comparison]) -> bool:
     """The rule of `experiment`; margins are (mean, standard error) by which ours is better."""
-    return all(mean > 2 * error for mean, error in margins.values()) and all(ratio.gain for ratio in ratios.values())
+    return all(map(clearly, margins.values())) and all(ratio.gain for ratio in ratios.values())
 
 
 # --- contenders --------------------------------------------------------------------------------------------------

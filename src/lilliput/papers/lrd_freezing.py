@@ -13,6 +13,7 @@ from lilliput.methods.factorize._freezing import SequentialFreezing
 from lilliput.methods.factorize.targeted import Targeted
 from lilliput.metrics.latency import wait_until_quiet
 from lilliput.paper import Evidence, Paper, Row
+from lilliput.papers._healed import said
 from lilliput.papers._low_rank import (
     Contender,
     Effort,
@@ -59,12 +60,10 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     for net in tried:
         found, steps_ms = _measure(net, seed, effort)
         rows += [contender.row(f"{net}: {name}") for name, contender in found.items()]
-        ratio, (points, error) = speedup(steps_ms, "both", "LRD"), difference(found["both"], found["LRD"])
+        ratio, points = speedup(steps_ms, "both", "LRD"), difference(found["both"], found["LRD"])
         verdicts.append(ratio.gain and about_as_accurate(found["both"], found["LRD"]))
         dense = speedup(steps_ms, "both", "dense")
-        figures.append(
-            f"{net}: both train {ratio} over LRD, {dense} over dense, {points:+.2f} ± {error:.2f} points vs LRD"
-        )
+        figures.append(f"{net}: both train {ratio} over LRD, {dense} over dense, {said(points, 2)} points vs LRD")
     return Evidence(
         setup=setup(f"{' and '.join(tried)}, ratio {RATIO}, training in torch float32", effort, seed, busy),
         rows=rows + staircase(effort),

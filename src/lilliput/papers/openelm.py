@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from lilliput.methods.layers.layer_wise_scaling import LayerWiseScaling
 from lilliput.paper import Evidence, Paper
 from lilliput.papers._healed import Effort as Data
 from lilliput.papers._healed import cache_bytes, clearly, language_work, said
+from lilliput.papers._paired import advantage_by_seed
 from lilliput.papers._pictures import Table
 from lilliput.training import train
 from lilliput.workload import Batch, Workload, windows
@@ -73,7 +73,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
         for name in rotated(list(settings), s):
             loss = run(table, name, settings[name], work, effort, s)
             losses.setdefault(name, []).append(loss)
-    gains = {name: gain(losses, name) for name in settings if name != OURS}
+    gains = {name: advantage_by_seed(losses[name], losses[OURS]) for name in settings if name != OURS}
     best = min(gains, key=lambda name: gains[name][0])
     return Evidence(
         setup=f"Llamas of width {effort.dim} and {effort.layers} blocks, {settings[UNIFORM].weights(*effort.sizes):,} "
@@ -136,11 +136,3 @@ def untrained(settings: LayerWiseScaling, work: Workload, effort: Effort, seed: 
     config.vocab_size = work.model.get_input_embeddings().num_embeddings  # pyright: ignore
     torch.manual_seed(seed)
     return settings.untrained(config)
-
-
-def gain(losses: Mapping[str, Sequence[float]], over: str) -> tuple[float, float]:
-    """Nats per token by which ours is better than another, mean over seeds, and its standard error; infinite for one
-    seed."""
-    differences = [other - ours for ours, other in zip(losses[OURS], losses[over])]
-    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("inf")
-    return mean(differences), error

@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lilliput.methods.initialize.ot_fusion import OtFusion
 from lilliput.paper import Evidence, Paper
 from lilliput.papers._healed import clearly, said
+from lilliput.papers._paired import advantage_by_seed
 from lilliput.papers._pictures import Table
 from lilliput.training import train
 from lilliput.workload import Classifier, Workload
@@ -79,9 +79,9 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     for s in range(seed, seed + effort.seeds):
         for kind in NETS:
             note(table, found, kind, compare(kind, effort, s))
-    at_once = {kind: gain(found[kind][OURS], found[kind][VANILLA]) for kind in NETS}
-    tuned = {kind: gain(found[kind][OURS + TUNED], better(found[kind], TUNED)) for kind in NETS}
-    behind = {kind: gain(found[kind][OURS + TUNED], found[kind][ENSEMBLE]) for kind in NETS}
+    at_once = {kind: advantage_by_seed(found[kind][OURS], found[kind][VANILLA]) for kind in NETS}
+    tuned = {kind: advantage_by_seed(found[kind][OURS + TUNED], better(found[kind], TUNED)) for kind in NETS}
+    behind = {kind: advantage_by_seed(found[kind][OURS + TUNED], found[kind][ENSEMBLE]) for kind in NETS}
     return Evidence(
         setup=f"MLPs of three hidden layers and nets of three convolutions, Fashion-MNIST, {effort.steps} steps of "
         f"{effort.batch_size} pictures, {effort.tuning} steps of tuning, {effort.seeds} pairs from seed {seed}, 10,000 "
@@ -102,13 +102,6 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
 def judge(at_once: Mapping[str, Gain], tuned: Mapping[str, Gain]) -> bool:
     """The rule of `experiment`; gains are (points, standard error)."""
     return all(map(clearly, at_once.values())) and all(map(clearly, tuned.values()))
-
-
-def gain(ours: Sequence[float], other: Sequence[float]) -> Gain:
-    """Points by which ours is more accurate, mean over seeds, and its standard error; infinite for one seed."""
-    differences = [a - b for a, b in zip(ours, other)]
-    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("inf")
-    return mean(differences), error
 
 
 def better(found: Mapping[str, Sequence[float]], suffix: str = "") -> list[float]:

@@ -12,8 +12,10 @@ from lilliput.kernels import isa
 from lilliput.methods.quantize.binary import BinaryLinear, pack
 from lilliput.metrics.latency import paired_ratio, wait_until_quiet
 from lilliput.paper import Evidence, Paper
-from lilliput.papers._binary_nets import Trained, advantage, one_thread_ms, timing, trained
+from lilliput.papers._binary_nets import Trained, one_thread_ms, timing, trained
+from lilliput.papers._healed import clearly, matched, said
 from lilliput.papers._low_rank import Effort
+from lilliput.papers._paired import points_over
 
 paper = Paper(
     title="ReBNet: Residual Binarized Neural Network",
@@ -88,19 +90,18 @@ def evidence(
 ) -> Evidence:
     """Rows and verdict of what was trained and timed."""
     levels = [found[f"ReBNet M={m}"] for m in (1, 2, 3)]
-    second, third = advantage(levels[1], levels[0]), advantage(levels[2], levels[1])
-    uniform, behind = advantage(levels[1], found[UNIFORM]), advantage(levels[2], found["float32"])
+    second, third = points_over(levels[1], levels[0]), points_over(levels[2], levels[1])
+    uniform, behind = points_over(levels[1], found[UNIFORM]), points_over(levels[2], found["float32"])
     cost = {m: paired_ratio(times[f"ReBNet M={m}"], times["ReBNet M=1"]).ratio for m in (2, 3)}
-    better = second[0] > 2 * second[1] and third[0] > -2 * third[1]
-    holds = better and all(ratio <= COST * m for m, ratio in cost.items())
+    holds = clearly(second) and matched(third) and all(ratio <= COST * m for m, ratio in cost.items())
     return Evidence(
         setup=f"784-{WIDTH}-{WIDTH}-{WIDTH}-10, Fashion-MNIST, {effort.steps} steps of {effort.batch_size} pictures, "
         f"{effort.test_pictures} test pictures, seeds {seed} to {seed + effort.seeds - 1}; layer_ms: {TIMED[1]} x "
         f"{TIMED[1]}, batch {TIMED[0]}, {isa()}, 1 thread; other work kept {busy:.1f} cores busy",
         rows=[one.row(name, *timing(times[name])) for name, one in found.items()],
         holds=bool(holds),
-        figure=f"M=2 {second[0]:+.1f} ± {second[1]:.1f} points over M=1, M=3 {third[0]:+.1f} ± {third[1]:.1f} over M=2 "
-        f"({behind[0]:+.1f} from float32; M=2 {uniform[0]:+.1f} ± {uniform[1]:.1f} from 2-bit uniform); a layer takes "
+        figure=f"M=2 {said(second, 1)} points over M=1, M=3 {said(third, 1)} over M=2 ({behind[0]:+.1f} from float32; "
+        f"M=2 {said(uniform, 1)} from 2-bit uniform); a layer takes "
         f"{cost[2]:.2f} and {cost[3]:.2f} times the time of M=1",
         limits="A multi-layer perceptron, briefly trained, on pictures of mean 0 and deviation 1 (not -1..1); time on "
         "a CPU, not area and throughput of an FPGA. Thresholds are not folded into the BatchNorms. Coefficients of one "

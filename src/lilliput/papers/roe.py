@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lilliput.methods.experts._routing import mixtures_of, routers_of
 from lilliput.methods.experts.roe import NAME, PROBABILITIES, RoE, averaged, clean_cache
 from lilliput.paper import Evidence, Paper, Row
+from lilliput.papers._healed import clearly, said
 from lilliput.papers._mixtures import text_of, tiny_mixture
 from lilliput.papers._paired import advantage
 
@@ -92,15 +93,14 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     margins = {name: margin(found, ours, name) for name in RIVALS}
     better = float(torch.cat(found[ours].right).mean() - torch.cat(found[PLAIN].right).mean())
     best = min(margins, key=lambda name: margins[name][0])
-    (gain, error), (least, least_error) = margins[PLAIN], margins[best]
     return Evidence(
         setup=f"llama-tiny split into {EXPERTS} experts a layer, {TOP_K} used, {effort.steps} steps of healing, "
         f"{effort.windows} test windows of 128 tokens, noise {[[round(t, 3) for t in taus] for taus in noise]} found "
         f"in {effort.trials} trials on {effort.tuning} validation windows, seeds from {seed}, CPU",
         rows=[one.row(name) for name, one in found.items()],
         holds=judge(margins, better),
-        figure=f"{effort.samples[-1]} routes: {gain:+.4f} ± {error:.4f} nats per token better than one, {better:+.2f} "
-        f"points of accuracy; {least:+.4f} ± {least_error:.4f} than the strongest rival ({best})",
+        figure=f"{effort.samples[-1]} routes: {said(margins[PLAIN], 4)} nats per token better than one, {better:+.2f} "
+        f"points of accuracy; {said(margins[best], 4)} than the strongest rival ({best})",
         limits="A mixture split off a dense model of 3 million parameters and healed shortly, next-token loss instead "
         "of benchmarks. How routes are weighted and averaged is reconstructed. Compute counts weights, not time.",
     )
@@ -108,7 +108,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
 
 def judge(margins: dict[str, tuple[float, float]], better: float) -> bool:
     """The rule of `experiment`; margins are (mean, standard error) by which ours is better, `better` is accuracy."""
-    return all(margins[name][0] > 2 * margins[name][1] for name in RIVALS) and better >= 0
+    return all(clearly(margins[name]) for name in RIVALS) and better >= 0
 
 
 def name_of(samples: int) -> str:

@@ -16,7 +16,9 @@ from lilliput.methods.distill.logits import Logits, batches_of
 from lilliput.methods.layers.separable_attention import SeparableAttention, SeparableSelfAttention
 from lilliput.metrics.latency import Comparison, paired_ratio, wait_until_quiet
 from lilliput.paper import Evidence, Paper, Row
+from lilliput.papers._healed import close, said
 from lilliput.papers._low_rank import Effort, interleave, middle, pictures_work
+from lilliput.papers._paired import points_over
 from lilliput.training import train
 from lilliput.workload import Workload
 from lilliput.zoo import nets
@@ -139,16 +141,9 @@ def power(times: Mapping[int, Mapping[str, Sequence[float]]], kind: str, lengths
     return math.log(last / first) / math.log(lengths[-1] / lengths[0])
 
 
-def margin(ours: Found, other: Found) -> tuple[float, float]:
-    """Points of accuracy by which ours is better, and the standard error over seeds."""
-    gains = [a - b for a, b in zip(ours.accuracies, other.accuracies)]
-    return fmean(gains), stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("inf")
-
-
 def judge(faster: Sequence[Comparison], powers: tuple[float, float], points: tuple[float, float]) -> bool:
     """The rule of `experiment`: speeds at many tokens, powers (separable, multi-head), points of accuracy."""
-    as_accurate = points[0] - 2 * points[1] > -TOLERATED_POINTS
-    return bool(all(one.gain for one in faster) and powers[0] < powers[1] and as_accurate)
+    return all(one.gain for one in faster) and powers[0] < powers[1] and close(points, TOLERATED_POINTS)
 
 
 def evidence(
@@ -163,8 +158,8 @@ def evidence(
     """Rows and verdict of what was trained and timed."""
     speeds = {n: paired_ratio(times[HEADS], times[SEPARABLE]) for n, times in layers.items()}
     powers = power(layers, SEPARABLE), power(layers, HEADS)
-    gains = {name: margin(found[SEPARABLE], found[name]) for name in CONTENDERS if name != SEPARABLE}
-    said = {name: f"{points:+.1f} ± {error:.1f}" for name, (points, error) in gains.items()}
+    gains = {name: points_over(found[SEPARABLE], found[name]) for name in CONTENDERS if name != SEPARABLE}
+    points = {name: said(gain, 1) for name, gain in gains.items()}
     return Evidence(
         setup=f"layers of width 64 (4 heads), one sequence, 1 thread; vision transformers of width {DIM} and {LAYERS} "
         f"layers, 197 tokens, Fashion-MNIST, {seconds:.0f} s of training each, {effort.test_pictures} test pictures, "
@@ -174,8 +169,8 @@ def evidence(
         holds=judge([speeds[n] for n in MANY], powers, gains[HEADS]),
         figure="separable over multi-head: "
         + ", ".join(f"{one.ratio:.2f}x at {n} tokens" for n, one in speeds.items())
-        + f", growing with power {powers[0]:.2f} and {powers[1]:.2f}; {said[HEADS]} points of accuracy for the same "
-        f"seconds ({said[COARSE]} against four times fewer tokens, {said[CONVERTED]} against conversion)",
+        + f", growing with power {powers[0]:.2f} and {powers[1]:.2f}; {points[HEADS]} points of accuracy for the same "
+        f"seconds ({points[COARSE]} against four times fewer tokens, {points[CONVERTED]} against conversion)",
         limits="torch on one core, not a phone; torch's multi-head attention is fused and never stores its matrix. "
         "Tiny vision transformers without convolutions, seconds of training: not MobileViTv2 on ImageNet.",
     )

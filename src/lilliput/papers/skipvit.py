@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
-import torch
 from torch import nn
 
 from lilliput.methods.tokens.skipvit import SkipViT
 from lilliput.paper import Evidence, Paper
-from lilliput.papers._equal_cost import (
-    SECONDS,
-    STEPS,
-    Contender,
-    Effort,
-    compare,
-    faster_steps,
-    margin,
-    plain,
-    times,
-)
-from lilliput.papers._healed import close, said
-from lilliput.papers.gqkva import fashion
+from lilliput.papers._equal_cost import SECONDS, STEPS, Contender, Effort, plain, times
+from lilliput.papers._vision_cost import judge, race, setup
 from lilliput.zoo import nets
 
 paper = Paper(
@@ -39,7 +26,6 @@ paper = Paper(
 FULL, OURS, SMALLER = "all tokens", "unimportant tokens skip", "all tokens, one block fewer"
 RANDOM = "random tokens skip in training, all serve"
 DROPPED = "unimportant tokens dropped for good"
-TOLERATED = 2.0  # points of accuracy that count as the same, two standard errors included
 SHAPE = {"dim": 32, "heads": 4, "patch": 4}
 LAYERS = 6
 
@@ -53,27 +39,18 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     """
     effort = Effort(steps=3000, seconds=120, seeds=3, training_samples=48_000) if full else Effort(120, 5.0, 3)
     field = contenders() | ({DROPPED: plain(skipping(SkipViT(end=1.0)))} if full else {})
-    found, models = compare(field, partial(fashion, effort), effort, seed)
-    faster = faster_steps(found, models, fashion(effort, seed), OURS, FULL, effort.rounds)
-    gains = {(name, way): margin(found, OURS, name, way, True) for name in field for way in (STEPS, SECONDS)}
-    rivals = [gains[name, SECONDS] for name in (RANDOM, SMALLER)]
+    ran = race(field, effort, seed, OURS, FULL)
+    rivals = [ran.gains[name, SECONDS] for name in (RANDOM, SMALLER)]
     return Evidence(
-        setup=f"vision transformer of {LAYERS} layers, {SHAPE}, Fashion-MNIST, batches of 32, {effort.steps} steps and "
-        f"again {effort.seconds} s for each, rates {effort.rates} tried; {effort.test_samples} test pictures, "
-        f"{effort.seeds} seeds from {seed}; {torch.get_num_threads()} threads, CPU",
-        rows=[one.row(name, "accuracy_percent") for name, one in found.items()],
-        holds=judge(gains[FULL, STEPS], rivals, faster.low),
-        figure=f"a training step {times(faster)}; points over all tokens {said(gains[FULL, STEPS], 1)} at equal steps, "
-        f"{said(gains[FULL, SECONDS], 1)} at equal seconds; over random skipping {said(gains[RANDOM, SECONDS], 1)}, "
-        f"over one block fewer {said(gains[SMALLER, SECONDS], 1)} at equal seconds",
+        setup=setup(f"{LAYERS} layers, {SHAPE}", effort, seed),
+        rows=ran.rows(),
+        holds=judge(ran.gains[FULL, STEPS], rivals, ran.faster.low),
+        figure=f"a training step {times(ran.faster)}; points over all tokens {ran.said(FULL, STEPS)} at equal steps, "
+        f"{ran.said(FULL, SECONDS)} at equal seconds; over random skipping {ran.said(RANDOM, SECONDS)}, over one block "
+        f"fewer {ran.said(SMALLER, SECONDS)} at equal seconds",
         limits="Nets of 0.08 million weights on 50 tokens of small pictures, trained for minutes at most, where the "
         "paper trains ViT-small on ImageNet. Which blocks are skipped is ours.",
     )
-
-
-def judge(over_full: tuple[float, float], over_rivals: list[tuple[float, float]], faster_low: float) -> bool:
-    """The rule of `experiment`; margins are (points by which ours is better, standard error)."""
-    return close(over_full, TOLERATED) and all(gain >= 0 for gain, _ in over_rivals) and faster_low > 1
 
 
 def skipping(method: SkipViT) -> Callable[[], nn.Module]:

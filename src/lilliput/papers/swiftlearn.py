@@ -14,7 +14,6 @@ from lilliput.papers._equal_seconds import (
     Effort,
     Found,
     Trainee,
-    advantage,
     compare,
     endless,
     setup,
@@ -22,6 +21,7 @@ from lilliput.papers._equal_seconds import (
     training_set,
 )
 from lilliput.papers._healed import clearly, said
+from lilliput.papers._paired import points_over
 from lilliput.zoo import nets
 
 paper = Paper(
@@ -53,7 +53,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     effort = Effort(40.0, 5, 20_000, 10_000, rates, 4000) if full else Effort(5.0, 3, 4000, 4000, rates)
     contenders = {OURS: SETTINGS, **RIVALS}
     found = compare({n: beginning(s) for n, s in contenders.items()} | {FULL: begin_full}, effort, seed)
-    margins = {rival: advantage(found[OURS], found[rival]) for rival in (FULL, RANDOM, LOSS)}
+    margins = {rival: points_over(found[OURS], found[rival]) for rival in (FULL, RANDOM, LOSS)}
     noisy = {name: noisy_percent(contenders[name], effort, seed, found[name].rate) for name in (OURS, LOSS)}
     return Evidence(
         setup=setup(

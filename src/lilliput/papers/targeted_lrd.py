@@ -10,6 +10,7 @@ from torch import nn
 from lilliput.methods.factorize.targeted import Choice, Targeted, decompose_, multiplications
 from lilliput.metrics.latency import wait_until_quiet
 from lilliput.paper import Evidence, Paper
+from lilliput.papers._healed import said
 from lilliput.papers._low_rank import (
     Contender,
     Effort,
@@ -106,7 +107,7 @@ def _evidence(found, served_ms, steps_ms, table, effort: Effort, seed: int, busy
     trained = speedup(steps_ms, "targeted for training", "none")
     expected, seen = predicted_ms(table, middle(served_ms["none"])[0]), middle(served_ms["targeted"])[0]
     found["targeted"].values["predicted_latency_ms"] = expected
-    points, error = difference(found["targeted"], found["none"])
+    points = difference(found["targeted"], found["none"])
     holds = over_none.gain and over_flops.gain and about_as_accurate(found["targeted"], found["none"])
     kept = sum(row.kept for row in table)
     return Evidence(
@@ -114,7 +115,7 @@ def _evidence(found, served_ms, steps_ms, table, effort: Effort, seed: int, busy
         rows=[contender.row(name) for name, contender in found.items()],
         holds=bool(holds),
         figure=f"{kept} of {len(table)} layers decomposed: {over_none} over the original, {over_flops} over FLOP-"
-        f"guided, {points:+.2f} ± {error:.2f} points; training {trained} over the original; the table predicted "
+        f"guided, {said(points, 2)} points; training {trained} over the original; the table predicted "
         f"{expected:.2f} ms, measured {seen:.2f} ms",
         limits="A small network on one CPU; the paper's ResNet-50, ImageNet and NPUs are not here. Layers are timed "
         "alone, so what the network shares between them (caches, fused additions) is not in the table.",

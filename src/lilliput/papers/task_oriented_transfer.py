@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from lilliput.methods.distill.task_oriented_transfer import Head, TaskOrientedTransfer, features_of, retrieve
 from lilliput.paper import Evidence, Paper
+from lilliput.papers._healed import clearly, matched, said
 from lilliput.papers._low_rank import difference
 from lilliput.papers._students import BATCH, STUDENTS, Found, best_rate, built, held_out, right
 from lilliput.training import train
@@ -100,7 +101,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     found[TEACHER] = Found()
     found[TEACHER].add(STUDENT, right(nn.Sequential(foundation, head), some), 0.0, 0)
     gains = {n: difference(found[OURS].contender(), found[n].contender()) for n in (*BEATEN, *MATCHED)}
-    said = "; ".join(f"{gain:+.1f} ± {error:.1f} over {name}" for name, (gain, error) in gains.items())
+    points = "; ".join(f"{said(gain, 1)} over {name}" for name, gain in gains.items())
     return Evidence(
         setup=f"{STUDENT}, {effort.per_class} labels of each of 10 classes of Fashion-MNIST, MobileNetV2 (ImageNet) at "
         f"{SIZE} pixels with a linear head; {effort.retrieved} of {2 * effort.gallery} unlabelled pictures (half "
@@ -109,7 +110,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
         f"{torch.get_num_threads()} threads, CPU",
         rows=[one.row(name) for name, one in found.items()],
         holds=judge(gains),
-        figure=f"points of accuracy of the small model: {said}; {sum(relevant) / len(relevant):.0%} of the retrieved "
+        figure=f"points of accuracy of the small model: {points}; {sum(relevant) / len(relevant):.0%} of the retrieved "
         "pictures are of the task",
         limits="A MobileNetV2 of 2018 stands for a foundation model, and only its head is adapted. One task with small "
         "grey pictures, a gallery of two data sets; learning rates are chosen with more labels than the task has.",
@@ -118,8 +119,7 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
 
 def judge(gains: dict[str, tuple[float, float]]) -> bool:
     """The rule of `experiment`; gains are (points by which ours is better, standard error)."""
-    better = all(gains[name][0] > 2 * gains[name][1] for name in BEATEN)
-    return better and all(gains[name][0] > -2 * gains[name][1] for name in MATCHED)
+    return all(clearly(gains[name]) for name in BEATEN) and all(matched(gains[name]) for name in MATCHED)
 
 
 def gathered(foundation: nn.Module, effort: Effort) -> Gallery:

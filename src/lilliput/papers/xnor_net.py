@@ -12,8 +12,10 @@ from lilliput.kernels import isa
 from lilliput.methods.quantize.binary import BinaryConv2d, pack
 from lilliput.metrics.latency import paired_ratio, wait_until_quiet
 from lilliput.paper import Evidence, Paper
-from lilliput.papers._binary_nets import Trained, advantage, one_thread_ms, timing, trained
+from lilliput.papers._binary_nets import Trained, one_thread_ms, timing, trained
+from lilliput.papers._healed import clearly, close, said
 from lilliput.papers._low_rank import Effort
+from lilliput.papers._paired import points_over
 
 paper = Paper(
     title="XNOR-Net: ImageNet Classification Using Binary Convolutional Neural Networks",
@@ -85,10 +87,10 @@ def evidence(
     found: dict[str, Trained], times: dict[str, list[float]], effort: Effort, seed: int, busy: float
 ) -> Evidence:
     """Rows and verdict of what was trained and timed."""
-    bwn, unscaled = advantage(found["BWN"], found["float32"]), advantage(found["BWN"], found["BinaryConnect"])
-    xnor, scaled = advantage(found["XNOR"], found["float32"]), advantage(found["XNOR + K"], found["XNOR"])
+    bwn, unscaled = points_over(found["BWN"], found["float32"]), points_over(found["BWN"], found["BinaryConnect"])
+    xnor, scaled = points_over(found["XNOR"], found["float32"]), points_over(found["XNOR + K"], found["XNOR"])
     speed = paired_ratio(times["float32"], times["XNOR"])
-    holds = bwn[0] - 2 * bwn[1] > -TOLERATED_POINTS and unscaled[0] > 2 * unscaled[1] and speed.gain
+    holds = close(bwn, TOLERATED_POINTS) and clearly(unscaled) and speed.gain
     return Evidence(
         setup=f"Conv-4 (16, 32, 32, 64 filters), Fashion-MNIST, {effort.steps} steps of {effort.batch_size} pictures, "
         f"{effort.test_pictures} test pictures, seeds {seed} to {seed + effort.seeds - 1}; layer_ms: 3x3, "
@@ -96,9 +98,9 @@ def evidence(
         "cores busy",
         rows=[one.row(name, *timing(times[name])) for name, one in found.items()],
         holds=bool(holds),
-        figure=f"BWN {bwn[0]:+.1f} ± {bwn[1]:.1f} points from float32 and {unscaled[0]:+.1f} ± {unscaled[1]:.1f} from "
-        f"BinaryConnect; XNOR {xnor[0]:+.1f} ± {xnor[1]:.1f} from float32, K {scaled[0]:+.1f} ± {scaled[1]:.1f}; XNOR "
-        f"convolution {speed} over torch's float32, not 58 times",
+        figure=f"BWN {said(bwn, 1)} points from float32 and {said(unscaled, 1)} from BinaryConnect; XNOR "
+        f"{said(xnor, 1)} from float32, K {said(scaled, 1)}; XNOR convolution {speed} over torch's float32, not 58 "
+        "times",
         limits="A small network, pictures and training instead of AlexNet on ImageNet. A BatchNorm follows every "
         "binary layer and takes up its scale, so unscaled weights lose less than in the paper's comparison. The 58 "
         "times are against a plain float convolution; torch's is far faster. BWN's convolution unpacks its weights at "

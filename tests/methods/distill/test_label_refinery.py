@@ -118,6 +118,11 @@ def test_wrong_use(data):
     for settings, match in (({"generations": 0}, "generations is 0"), ({"steps": 1.5}, "whole number")):
         with pytest.raises(UserError, match=match):
             LabelRefinery(**settings)
+    pictures, labels = data.tensors[:2]
+    for label in (-1, 1000):
+        wrong = TensorDataset(pictures, torch.full_like(labels, label))
+        with pytest.raises(UserError, match=f"a picture has the label {label}, but the student has"):
+            LabelRefinery(generations=1, steps=1).refine(Net, wrong)
     model = Net()
     with pytest.raises(UserError, match="build a new one"):
         LabelRefinery(generations=2, steps=1).refine(lambda: model, data)

@@ -7,8 +7,15 @@ from scipy.special import log_softmax, softmax
 from torch import nn
 
 from lilliput.errors import UserError
+from lilliput.methods.distill.hidden import Hidden
 from lilliput.methods.distill.logits import Logits, distillation_loss, trainable_modules
+from lilliput.methods.distill.taid import Taid
+from lilliput.methods.initialize.tleg import Tleg
+from lilliput.methods.train.compressible_subspaces import CompressibleSubspaces
+from lilliput.methods.train.epas import Epas
 from lilliput.training import train
+from lilliput.workload import Workload
+from lilliput.zoo import nets
 
 
 def reference(s, t, temperature):
@@ -152,5 +159,63 @@ def test_wrong_use(cnn_work):
     with pytest.raises(UserError, match=r"call apply\(model, workload\)"):
         Logits().apply(cnn_work.model)
     frozen = copy.deepcopy(cnn_work.model).requires_grad_(False)
-    with pytest.raises(UserError, match="finds no layer"):
+    with pytest.raises(UserError, match=r"float parameters of TinyCnn are frozen; call requires_grad_\(True\)"):
         Logits().apply(frozen, cnn_work)
+
+
+@pytest.fixture
+def untouched(monkeypatch):
+    """Fails when a training begins."""
+    for module in ("distill.logits", "initialize.tleg", "train.compressible_subspaces", "train.epas"):
+        monkeypatch.setattr(f"lilliput.methods.{module}.train", lambda *_, **__: pytest.fail("it began to train"))
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+@pytest.mark.parametrize(
+    "method", [Logits(hard=0.5), Hidden(hard=0.5), Taid(hard=0.5), CompressibleSubspaces(ends="alike")], ids=type
+)
+def test_labels_outside_the_outputs_are_refused_before_anything_is_learned(method, label, untouched):
+    torch.manual_seed(0)
+    work = vit_work()
+    work.training = [*work.calibration, {**work.calibration[0], "label": torch.tensor([0, label, -100, 1])}]
+    with pytest.raises(UserError, match=rf"a batch has the label {label}, but VisionTransformer has 10 outputs"):
+        method.apply(copy.deepcopy(work.model), work)
+    work.training = [{"input": work.calibration[0]["input"]}]
+    with pytest.raises(UserError, match="a batch has no 'label'"):
+        method.apply(copy.deepcopy(work.model), work)
+
+
+def test_soft_labels_and_ignored_ones_are_learned():
+    work = vit_work()
+    for label in (torch.tensor([0, 9, -100, 1]), torch.full((4, 10), 0.1)):
+        work.training = [{**work.calibration[0], "label": label}]
+        assert torch.isfinite(Logits(hard=0.5, steps=1).apply(work.model, work).head.weight).all()
+
+
+def vit_work():
+    model = nets.vit(dim=16, layers=2, heads=2).eval()
+    generator = torch.Generator().manual_seed(0)
+    batch = {"input": torch.randn(4, 1, 28, 28, generator=generator), "label": torch.tensor([0, 9, 3, 1])}
+    return Workload.classifier(model, [batch], [batch], [batch])
+
+
+@pytest.mark.parametrize("method", [Logits(), Hidden(), Taid(), Tleg(), Epas()], ids=type)
+def test_tokens_that_the_model_does_not_know_are_refused_before_anything_is_learned(method, llama_work, untouched):
+    known = llama_work.model.get_input_embeddings().num_embeddings
+    for token in (known, -3):
+        llama_work.training = [{"input_ids": torch.tensor([[1, 2, token, 3]])}]
+        with pytest.raises(UserError, match=f"holds token {token}, but LlamaForCausalLM knows {known}"):
+            method.apply(llama_work.model, llama_work)
+
+
+@pytest.mark.parametrize("method", [Logits(), Hidden(), Taid(), Tleg(blocks=2)], ids=type)
+def test_another_question_is_refused_before_anything_is_learned(method, untouched):
+    with pytest.raises(UserError, match=r"\(1, 3\) and \(1, 10\); they must answer the same question"):
+        method.apply(nets.vit(dim=16, layers=2, heads=2, classes=3), vit_work())
+
+
+def test_batches_that_are_made_as_they_come_are_left_to_the_training(cnn_work):
+    batches = list(cnn_work.training)
+    cnn_work.training = iter(batches)
+    taught = Logits(steps=len(batches), hard=0.5).apply(cnn_work.model, cnn_work)
+    assert torch.isfinite(taught.fc.weight).all()

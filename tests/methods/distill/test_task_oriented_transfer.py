@@ -148,8 +148,16 @@ def test_wrong_use(student):
         METHOD.transfer(Features(), student, {"input": x, "label": labels[:5]}, x)
     with pytest.raises(UserError, match="give a vector for each"):
         METHOD.transfer(nn.Unflatten(1, (4, 5)), student, {"input": x, "label": labels}, x)
-    with pytest.raises(UserError, match=r"\(10, 20\) and \(10, 3\)"):
-        METHOD.transfer(Features(), nn.Linear(20, 20), labelled(), x)
+    unasked = nn.Linear(7, 7)  # that would not take the inputs
+    with pytest.raises(UserError, match="the student has 20 outputs, but the labels are of 3 classes"):
+        METHOD.transfer(unasked, nn.Linear(20, 20), labelled(), x)
+    with pytest.raises(UserError, match="0 unlabelled inputs"):
+        METHOD.transfer(unasked, student, labelled(), x[:0])
+    with pytest.raises(UserError, match="labelled holds input"):
+        METHOD.transfer(unasked, student, {"input": x}, x)
+    for wrong in (labels.float(), labels - 1, labels[:, None]):
+        with pytest.raises(UserError, match="one label from 0 for each"):
+            METHOD.transfer(unasked, student, {"input": x, "label": wrong}, x)
     for count in (0, 11):
         with pytest.raises(UserError, match=f"{count} of 10 rows"):
             retrieve(x, x, count)

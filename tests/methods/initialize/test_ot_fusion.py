@@ -315,6 +315,10 @@ def test_other_layers_and_other_outputs_are_refused():
     work = work_of(model, 4)
     with pytest.raises(UserError, match="not of the same layers"):
         OtFusion().fuse(model, nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), work)
+    larger = mlp()
+    larger[1] = nn.Linear(25, 12)  # it could not even run
+    with pytest.raises(UserError, match=r"'1\.weight' is \[12, 16\] in one net and \[12, 25\] in the other"):
+        OtFusion().fuse(model, larger, work)
     other = mlp()
     other[5] = nn.Linear(8, 5)
     with pytest.raises(UserError, match=r"'5\.weight' is \[4, 8\] in one net and \[5, 8\] in the other"):

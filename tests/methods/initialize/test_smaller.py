@@ -85,6 +85,13 @@ def test_sizes_that_no_model_of_the_kind_has_are_refused(work, make_work):
         WeightSelection(width=0.5, heads=0.25).apply(gpt2.model)
 
 
+def test_impossible_sizes_are_refused_before_the_data_is_read(make_work, monkeypatch):
+    gpt2 = make_work("gpt2")
+    monkeypatch.setattr(gpt2, "forward", lambda *_: pytest.fail("it read the data"))
+    with pytest.raises(UserError, match=r"width must be heads x 8"):
+        WeightSubcloning(width=0.5, heads=0.25).apply(gpt2.model, gpt2)
+
+
 class Counting(LlamaForCausalLM):
     """A model that stores a buffer."""
 

@@ -192,5 +192,9 @@ def test_other_models_and_unequal_blocks_are_refused(work, tiny_cnn):
         Tleg().learn(uneven, work)
     with pytest.raises(UserError, match="needs a workload"):
         Tleg().apply(work.model)
+    vit = nets.vit(dim=16, layers=3, heads=2)
+    for settings, most in (({}, 3), ({"auxiliary": 2}, 2)):
+        with pytest.raises(UserError, match=rf"blocks is 4, .* give at most {most}"):
+            Tleg(blocks=4, **settings).apply(vit)  # before it asks for data
     with pytest.raises(UserError, match=r"blocks is 2\.0"):
         Tleg(blocks=2.0)

@@ -225,7 +225,7 @@ def test_bad_input(work, tiny_cnn):
         Gqkva(queries=2, states=1).apply(work.model)
     with pytest.raises(UserError, match="queries=3"):
         Gqkva(queries=3).apply(work.model)
-    with pytest.raises(UserError, match="whole numbers"):
+    with pytest.raises(UserError, match=r"queries is 2\.0; give a whole number"):
         Gqkva(queries=2.0).apply(work.model)
     with pytest.raises(UserError, match="works on transformer blocks"):
         Gqkva().apply(tiny_cnn)

@@ -213,7 +213,7 @@ def test_a_trainer_of_transformers_switches_at_the_same_steps(work, tmp_path):
 def test_bad_input(work, cnn_work):
     with pytest.raises(UserError, match=r"start is 0\.7, after end, 0\.5"):
         Epas(start=0.7)
-    with pytest.raises(UserError, match="whole numbers"):
+    with pytest.raises(UserError, match=r"group is 1\.5; give a whole number"):
         Epas(group=1.5)
     with pytest.raises(UserError, match="needs a workload whose data"):
         Epas().apply(work.model)

@@ -15,9 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
-from lilliput.methods.distill.logits import SoftLoss
+from lilliput.methods.distill.logits import IGNORED, SoftLoss
 
-IGNORED = -100  # label of what is not learned
 LOSS_FILE = "soft_loss.safetensors"  # beside the model in a checkpoint
 
 

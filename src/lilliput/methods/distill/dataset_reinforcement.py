@@ -57,12 +57,6 @@ class DatasetReinforcement(Settings):
     )
     paper: ClassVar[str] = "dataset_reinforcement"
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("samples", "top_k", "padding", "batch", "seed"):
-            if type(value := getattr(self, name)) is not int:
-                raise UserError(f"DatasetReinforcement.{name} is {value!r}; give a whole number")
-
     @property
     def views(self) -> Views:
         return Views(self.padding, self.flip, self.erase, self.mix)

@@ -22,7 +22,6 @@ from lilliput.method import knob
 from lilliput.methods.distill.logits import (
     LEARNS,
     Logits,
-    batches_of,
     hard_loss,
     only,
     teacher_logits,
@@ -52,6 +51,7 @@ class Hidden(Logits):
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         work = need_workload(workload, self.name(), LEARNS)
         pairs = depth_pairs(blocks_of(model), blocks_of(work.model))
+        self.check(work, model)
         with only(model, layers), evaluating(work.model):
             learner, soft_loss = _Learner(model, self._projections(model, work, pairs)), self.soft_loss()
             with captured(model, list(pairs)) as ours, captured(work.model, list(pairs.values())) as theirs:
@@ -158,7 +158,7 @@ def captured(model: nn.Module, names: list[str]) -> Iterator[States]:
 @torch.no_grad()
 def _probe(model: nn.Module, work: Workload, names: list[str]) -> States:
     with evaluating(model), captured(model, names) as states:
-        work.forward(model, {k: v[:1] for k, v in batches_of(work)[0].items()})
+        work.forward(model, work.example)
     return states
 
 

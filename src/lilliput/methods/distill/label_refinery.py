@@ -57,12 +57,6 @@ class LabelRefinery(Settings):
     )
     paper: ClassVar[str] = "label_refinery"
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("generations", "steps", "batch", "padding", "seed"):
-            if type(value := getattr(self, name)) is not int:
-                raise UserError(f"LabelRefinery.{name} is {value!r}; give a whole number")
-
     def refine(self, make: Callable[[], nn.Module], data: Any, refinery: nn.Module | None = None) -> list[Generation]:
         """Every generation, the last one best taught. `make()` gives a new student; `data` is a map-style dataset of
         (picture (C, H, W), label). With a `refinery` the first generation learns from it, and labels are not used."""
@@ -83,7 +77,7 @@ class LabelRefinery(Settings):
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             if refinery is None:
-                return F.cross_entropy(_logits(model, batch), batch["label"])
+                return labelled_loss(_logits(model, batch), batch["label"])
             return refined_loss(model, refinery, batch, nats)
 
         history = crops.learn_(student, loss, self.batch, seed, steps=self.steps, lr=self.lr)
@@ -98,6 +92,17 @@ def refined_loss(student: nn.Module, refinery: nn.Module, batch: Batch, nats: li
     if nats is not None:
         nats.append(float(torch.distributions.Categorical(logits=targets).entropy().mean()))
     return distillation_loss(_logits(student, batch), targets, 1.0)
+
+
+def labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy. Raises UserError for a label without an output."""
+    least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= logits.shape[-1]:
+        raise UserError(
+            f"a picture has the label {least if least < 0 else most}, but the student has {logits.shape[-1]} outputs; "
+            "give labels from 0, or a refinery, which needs none"
+        )
+    return F.cross_entropy(logits, labels)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

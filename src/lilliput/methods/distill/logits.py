@@ -23,6 +23,7 @@ from lilliput.training import train
 from lilliput.workload import Batch, Workload, need_workload
 
 LEARNS = "whose model and data it learns from"
+IGNORED = -100  # label of what the cross-entropy leaves out
 SoftLoss = Callable[[Tensor, Tensor], Tensor]  # logits of student and teacher (..., C) -> nats
 
 
@@ -53,6 +54,7 @@ class Logits(Method):
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         work, soft_loss = need_workload(workload, self.name(), LEARNS), self.soft_loss()
+        self.check(work, model)
 
         def loss_fn(student: nn.Module, batch: Batch) -> Tensor:
             logits, taught = work.forward(student, batch), teacher_logits(work, batch)
@@ -62,6 +64,12 @@ class Logits(Method):
         with only(model, layers), evaluating(work.model):
             self.fit(model, work, loss_fn)
         return model
+
+    def check(self, work: Workload, student: nn.Module) -> None:
+        """Raises UserError, before anything is learned, for a student or data that it cannot be done with."""
+        check_student(work, student)
+        if self.hard:
+            check_labels(work, student, "set hard=0")
 
     def soft_loss(self) -> SoftLoss:
         """How far a student's logits are from a teacher's; for plain PyTorch, and what subclasses replace."""
@@ -108,7 +116,13 @@ def check_same_question(student: Tensor, teacher: Tensor) -> None:
 
 def trainable_modules(model: nn.Module) -> Iterator[str]:
     """Names of the modules that own float parameters which require a gradient; the model itself is called by its own
-    name only when it owns some."""
+    name only when it owns some. Raises UserError when all float parameters are frozen."""
+    floats = [p.requires_grad for p in model.parameters() if p.is_floating_point()]
+    if floats and not any(floats):
+        raise UserError(
+            f"all {len(floats)} float parameters of {type(model).__name__} are frozen; call requires_grad_(True) on "
+            "those that shall learn"
+        )
     for name, module in model.named_modules():
         own = module.parameters(recurse=False)
         if any(p.requires_grad and p.is_floating_point() for p in own):
@@ -134,6 +148,57 @@ def batches_of(work: Workload) -> Sequence[Batch]:
     """Training batches, or the calibration batches of a workload without any."""
     found = work.calibration if work.training is None else work.training
     return found if isinstance(found, Sequence) else list(found)
+
+
+def _batches_in_memory(work: Workload) -> Sequence[Batch]:
+    """The batches of `batches_of` where they need not be made first."""
+    found = work.calibration if work.training is None else work.training
+    return found if isinstance(found, Sequence) else ()
+
+
+@torch.no_grad()
+def check_student(work: Workload, student: nn.Module) -> None:
+    """Raises UserError when a student does not answer the same question as the workload's model, or when one of them
+    does not know a token of the data."""
+    for model in (student, work.model):
+        check_tokens(work, model)
+    with evaluating(student), evaluating(work.model):
+        check_same_question(work.forward(student, work.example), teacher_logits(work, work.example))
+
+
+def check_tokens(work: Workload, model: nn.Module) -> None:
+    """Raises UserError when the training data holds a token that a model of transformers does not embed."""
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    ids = [batch["input_ids"] for batch in _batches_in_memory(work) if "input_ids" in batch]
+    known = getattr(getter(), "num_embeddings", None) if getter and ids else None
+    if known is None:
+        return
+    low, high = min(int(part.min()) for part in ids), max(int(part.max()) for part in ids)
+    if low < 0 or high >= known:
+        raise UserError(
+            f"the training data holds token {low if low < 0 else high}, but {type(model).__name__} knows {known}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+@torch.no_grad()
+def check_labels(work: Workload, model: nn.Module, otherwise: str) -> None:
+    """Raises UserError when the workload's loss is the cross-entropy and a training batch has no label for it, or one
+    that the model has no output for; `otherwise` is what to do without labels."""
+    batches = _batches_in_memory(work)
+    if type(work).loss is not Workload.loss or not batches:
+        return
+    if any("label" not in batch for batch in batches):
+        raise UserError(f"a batch has no 'label'; {otherwise} or give labelled data")
+    labels = torch.cat([batch["label"].flatten() for batch in batches])
+    with evaluating(model):
+        classes = work.forward(model, work.example).shape[1]
+    wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
+    if len(wrong) and not labels.is_floating_point():
+        raise UserError(
+            f"a batch has the label {int(wrong[0])}, but {type(model).__name__} has {classes} outputs; "
+            f"give labels from 0 to {classes - 1}"
+        )
 
 
 @torch.no_grad()

@@ -56,14 +56,12 @@ class TaskOrientedTransfer(Settings):
     facts: ClassVar[Facts] = Facts(stage="distill", data=LABELLED, effect="a small model from few labels")
     paper: ClassVar[str] = "task_oriented_transfer"
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("steps", "tuning_steps", "batch", "seed"):
-            if type(value := getattr(self, name)) is not int:
-                raise UserError(f"TaskOrientedTransfer.{name} is {value!r}; give a whole number")
-
     def transfer(self, features: nn.Module, student: nn.Module, labelled: Batch, unlabelled: Tensor) -> Transferred:
-        """A taught copy of the student, whose outputs are as many logits as there are classes."""
+        """A taught copy of the student, whose outputs are as many logits as there are classes.
+
+        Raises UserError, before the large model is asked, for labels, inputs or a student that do not fit each other.
+        """
+        _check_fit(student, labelled, unlabelled)
         start = perf_counter()
         ours, theirs = features_of(features, labelled["input"]), features_of(features, unlabelled)
         found = perf_counter()
@@ -117,12 +115,7 @@ class Head(nn.Module):
 
         Raises UserError when fewer than two classes are labelled.
         """
-        classes = int(labels.max()) + 1
-        if len(labels) != len(features) or len(labels.unique()) < 2 or int(labels.min()) < 0:
-            raise UserError(
-                f"{len(features)} inputs have the labels {labels.unique().tolist()}; give one label from 0 for each, "
-                "of at least two classes"
-            )
+        classes = classes_of(labels, len(features))
         mean, scale = features.mean(0), features.std(0).clamp_min(1e-4 * float(features.std()) + 1e-12)
         x = (features - mean) / scale
         weight = torch.zeros(classes, x.shape[1], requires_grad=True)
@@ -138,6 +131,31 @@ class Head(nn.Module):
         with torch.enable_grad():
             solver.step(closure)  # type: ignore[arg-type]
         return cls(mean, scale, weight.detach(), bias.detach()).requires_grad_(False)
+
+
+def classes_of(labels: Tensor, inputs: int) -> int:
+    """How many classes the labels (n,) of so many inputs are of. Raises UserError for others than numbers from 0."""
+    fits = labels.ndim == 1 and len(labels) == inputs and not labels.is_floating_point()
+    if not fits or len(labels.unique()) < 2 or int(labels.min()) < 0:
+        seen = f"{labels.unique().tolist()!s:.80} of the shape {tuple(labels.shape)}"
+        raise UserError(f"{inputs} inputs have the labels {seen}; give one label from 0 for each, of at least two "
+                        "classes")  # fmt: skip
+    return int(labels.max()) + 1
+
+
+def _check_fit(student: nn.Module, labelled: Batch, unlabelled: Tensor) -> None:
+    missing = [name for name in ("input", "label") if name not in labelled]
+    if missing or len(unlabelled) == 0:
+        raise UserError(
+            f"labelled holds {', '.join(labelled) or 'nothing'} and there are {len(unlabelled)} unlabelled inputs; "
+            "give {'input', 'label'} and at least one unlabelled input"
+        )
+    classes = classes_of(labelled["label"], len(labelled["input"]))
+    outputs = features_of(student, labelled["input"][:1]).shape[1]
+    if outputs != classes:
+        raise UserError(
+            f"the student has {outputs} outputs, but the labels are of {classes} classes; give one for each"
+        )
 
 
 def retrieve(gallery: Tensor, queries: Tensor, count: int, balanced: bool = True) -> Tensor:

@@ -65,9 +65,6 @@ class Upcycle(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("experts", "top_k"):
-            if type(value := getattr(self, name)) is not int:
-                raise UserError(f"Upcycle.{name} is {value!r}; give a whole number")
         if self.top_k > self.experts:
             raise UserError(f"Upcycle.top_k is {self.top_k}, above the {self.experts} experts; lower it")
 

@@ -122,6 +122,14 @@ def _block_sizes(model: nn.Module, block: Any) -> tuple[int, int, int, int, int]
     return width, a.heads, a.kv_heads, a.head_dim, ffn
 
 
+def check_sizes(model: Any, method: str, before: Sizes, after: Sizes) -> None:
+    """Raises UserError when there is no model of this kind of such sizes, or when it is not known what one of its
+    tensors runs over. No tensor is made."""
+    tensor_axes(model, method, before)
+    with torch.device("meta"):
+        _blank(model, method, before, after, range(after.blocks))
+
+
 # --- the resized model -----------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lilliput.anatomy import anatomy
 from lilliput.errors import UserError
 from lilliput.method import Method, knob
-from lilliput.methods.initialize._resize import WIDTH, Axis, Place, Sizes, parent_sizes, resized
+from lilliput.methods.initialize._resize import WIDTH, Axis, Place, Sizes, check_sizes, parent_sizes, resized
 from lilliput.methods.prune.heads import rows_of
 from lilliput.workload import Workload
 
@@ -49,6 +49,7 @@ class Smaller(Method):
         settings = next(iter(layers.values()))
         before = parent_sizes(model, self.name())
         after = settings.sizes(before)
+        check_sizes(model, self.name(), before, after)
         kept = settings.kept(model, workload, before, after)
         return cut(model, self.name(), before, after, kept, settings.rescales)
 

@@ -53,12 +53,6 @@ class HyperCloning(Method):
         effect="larger, with the same function",
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("width", "ffn", "seed"):
-            if type(value := getattr(self, name)) is not int:
-                raise UserError(f"HyperCloning.{name} is {value!r}; give a whole number, copies are whole")
-
     def targets(self, model: nn.Module) -> Iterator[str]:
         """The list of blocks, which stands for the whole model. Raises UserError for models that cannot grow."""
         parent_sizes(model, self.name())

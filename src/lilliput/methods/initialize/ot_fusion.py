@@ -59,7 +59,7 @@ class OtFusion(Settings):
         """
         moved = self.aligned(model, other, workload)
         fused = copy.deepcopy(model)
-        fused.load_state_dict({name: self._mean(name, t, moved[name]) for name, t in model.state_dict().items()})
+        fused.load_state_dict({name: self._mean(t, moved[name]) for name, t in model.state_dict().items()})
         fused.eval()
         with renewing_norms(fused) as norms:
             for batch in workload.calibration if norms else ():
@@ -70,8 +70,9 @@ class OtFusion(Settings):
     def aligned(self, model: nn.Module, other: nn.Module, workload: Workload) -> Tensors:
         """The tensors of `other`, by name, with its hidden neurons in the places of those of `model`."""
         found = hidden_layers(model, workload)
+        check_alike(model, other, found)
         if hidden_layers(other, workload) != found:
-            raise UserError(f"the two nets are not of the same layers; fuse two {type(model).__name__} of any widths")
+            raise _other_layers(model)
         costs = _answers_apart(model, other, workload, found) if self.ground == "activations" else {}
         fixed, moving = model.state_dict(), {name: t.clone() for name, t in other.state_dict().items()}
         for hidden in found:
@@ -85,13 +86,39 @@ class OtFusion(Settings):
         """How much of each neuron of the moved net (rows) goes to each of the other's (columns); all sum to 1."""
         return exact(cost) if self.solver == "exact" else sinkhorn(cost, self.epsilon)
 
-    def _mean(self, name: str, fixed: Tensor, moved: Tensor) -> Tensor:
-        if fixed.shape != moved.shape:
-            raise UserError(
-                f"{name!r} is {list(fixed.shape)} in one net and {list(moved.shape)} in the other; only the widths of "
-                "hidden layers may differ"
-            )
+    def _mean(self, fixed: Tensor, moved: Tensor) -> Tensor:
         return torch.lerp(fixed, moved, self.share) if fixed.is_floating_point() else fixed
+
+
+def check_alike(model: nn.Module, other: nn.Module, found: Sequence[Hidden]) -> None:
+    """Raises UserError for two nets whose tensors differ in more than the numbers of hidden neurons."""
+    fixed, moving = model.state_dict(), other.state_dict()
+    if set(fixed) != set(moving):
+        raise _other_layers(model)
+    ours, theirs = (_without_neurons(tensors, found) for tensors in (fixed, moving))
+    for name in fixed:
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"{name!r} is {list(fixed[name].shape)} in one net and {list(moving[name].shape)} in the other; only "
+                "the widths of hidden layers may differ"
+            )
+
+
+def _without_neurons(tensors: Tensors, found: Sequence[Hidden]) -> dict[str, list[float]]:
+    """Name -> shape of each tensor, with hidden neurons counted as one."""
+    shapes: dict[str, list[float]] = {name: [float(size) for size in t.shape] for name, t in tensors.items()}
+    for hidden in found:
+        count = hidden.neurons(tensors)
+        for name in (*hidden.into, *hidden.norms):
+            for leaf in (n for n in tensors if n.rpartition(".")[0] == name):
+                if shapes[leaf][:1] == [count]:
+                    shapes[leaf][0] = 1
+        shapes[f"{hidden.out}.weight"][1] /= count
+    return shapes
+
+
+def _other_layers(model: nn.Module) -> UserError:
+    return UserError(f"the two nets are not of the same layers; fuse two {type(model).__name__} of any widths")
 
 
 def _incoming(tensors: Mapping[str, Tensor], hidden: Hidden) -> Tensor:

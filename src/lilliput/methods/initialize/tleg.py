@@ -27,9 +27,8 @@ from lilliput.anatomy import anatomy, needs_blocks
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
 from lilliput.method import FLOAT_WEIGHTS, LAYER_SHAPES, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
-from lilliput.methods.distill.logits import LEARNS, batches_of, distillation_loss, teacher_logits
+from lilliput.methods.distill.logits import LEARNS, batches_of, check_student, distillation_loss, teacher_logits
 from lilliput.methods.prune.depth import keep_blocks_, to_identities_
-from lilliput.methods.train._adapting import check_whole_numbers
 from lilliput.training import train
 from lilliput.workload import Batch, Workload, need_workload
 
@@ -98,12 +97,16 @@ class Learngene(nn.Module):
         blocks = model.get_submodule(self.block_list)
         if isinstance(blocks, nn.ModuleList):
             keep_blocks_(model, anatomy(model), [min(i, self.depth - 1) for i in range(depth)])
-        elif depth <= self.depth:
-            to_identities_(model, [f"{self.block_list}.{i}" for i in range(depth, self.depth)])
         else:
-            name = type(model).__name__
-            raise UserError(f"blocks is {depth}, but {name} keeps its {self.depth} in an nn.Sequential, which does not "
-                            f"grow; give at most {self.depth}")  # fmt: skip
+            refuse_growth(model, self.depth, depth)
+            to_identities_(model, [f"{self.block_list}.{i}" for i in range(depth, self.depth)])
+
+
+def refuse_growth(model: nn.Module, depth: int, wanted: int) -> None:
+    """Raises UserError when more blocks are wanted of a model whose list of them cannot become longer."""
+    if wanted > depth:
+        raise UserError(f"blocks is {wanted}, but {type(model).__name__} keeps its {depth} in an nn.Sequential, which "
+                        f"does not grow; give at most {depth}")  # fmt: skip
 
 
 def _drawn(stacked: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -139,10 +142,6 @@ class Tleg(Method):
         effect="faster, smaller, smaller KV-cache when blocks are fewer",
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        check_whole_numbers(self)
-
     def targets(self, model: nn.Module) -> Iterator[str]:
         """The name of the list of blocks, nothing where they differ from each other; UserError without blocks."""
         found = needs_blocks(model, self.name())
@@ -152,6 +151,9 @@ class Tleg(Method):
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         (settings,) = layers.values()
+        found = anatomy(model)
+        if isinstance(model.get_submodule(found.block_list), nn.Sequential):
+            refuse_growth(model, settings.auxiliary or len(found.blocks), settings.blocks)
         return settings._learned(model, workload).expand(settings.blocks)
 
     def learn(self, model: nn.Module, workload: Workload | None) -> Learngene:
@@ -161,6 +163,7 @@ class Tleg(Method):
 
     def _learned(self, frame: nn.Module, workload: Workload | None) -> Learngene:
         work = need_workload(workload, self.name(), LEARNS)
+        check_student(work, frame)
         gene = Learngene(frame, self.auxiliary, self.start, self.seed)
 
         def loss(student: nn.Module, batch: Batch) -> Tensor:

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from lilliput.errors import UserError
 from lilliput.method import LABELLED, Facts, Settings, knob
 from lilliput.methods.layers._hybrid import AttentionBranch, SsmBranch
-from lilliput.methods.train._adapting import check_whole_numbers
 
 __all__ = ["FlowHN", "HybridBlock", "HybridModel"]
 HYBRID, ATTENTION, SSM = "hybrid", "attention", "ssm"
@@ -67,10 +66,6 @@ class FlowHN(Settings):
 
     paper: ClassVar[str] = "flowhn"
     facts: ClassVar[Facts] = Facts(stage="train", data=LABELLED, effect="faster language models, to be trained")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_whole_numbers(self)
 
     def balance(self, dim: int, tokens: int | None = None) -> Balance:
         """The split of so many tokens (the settings' length if not given) in a block of this width."""

@@ -73,8 +73,6 @@ class Gqkva(Method):
 
     def groups(self, a: Attention) -> tuple[int, int]:
         """(distinct queries, distinct keys and values) of an attention. Raises UserError for what does not fit it."""
-        if type(self.queries) is not int or type(self.states) is not int:
-            raise UserError(f"queries is {self.queries!r}, states {self.states!r}; give whole numbers")
         pairs = [pair for pair in possible(a) if self.queries in (0, pair[0]) and self.states in (0, pair[1])]
         if not pairs:
             known = ", ".join(f"{q} and {s}" for q, s in possible(a))

@@ -26,7 +26,6 @@ from lilliput.errors import UserError
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
 from lilliput.methods.prune.heads import Heads
 from lilliput.methods.prune.neurons import Neurons
-from lilliput.methods.train._adapting import check_whole_numbers
 from lilliput.workload import Workload
 
 
@@ -75,10 +74,6 @@ class LayerWiseScaling(Method):
         data=UNLABELLED,
         effect="faster, smaller, smaller KV-cache",
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_whole_numbers(self)
 
     def shapes(
         self, width: int, blocks: int, head_dim: int, queries: int = 1, query_width: int | None = None

@@ -35,11 +35,7 @@ class PatchWhitening(Settings):
     size: int = knob(3, low=1, high=15, help="side of a patch in pixels")
     eps: float = knob(1e-2, low=1e-9, high=10.0, log=True, help="added to the variances; higher damps small ones")
     facts: ClassVar[Facts] = Facts(stage="initialize", data=UNLABELLED, effect="first convolution not learned")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if type(self.size) is not int:
-            raise UserError(f"PatchWhitening.size is {self.size!r}; give a whole number")
+    paper: ClassVar[str] = "resnet9_small_data"
 
     def layer(
         self, pictures: Tensor, outputs: int, stride: int = 1, padding: int | None = None, bias: bool = False

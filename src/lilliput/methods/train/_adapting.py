@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import Block, needs_blocks
 from lilliput.errors import UserError, missing_extra
-from lilliput.method import Settings
 from lilliput.methods.train._restored import restored
 from lilliput.training import constant, train
 
@@ -104,14 +103,6 @@ def learn_(
     if history.interrupted:
         raise KeyboardInterrupt
     return history.losses
-
-
-def check_whole_numbers(settings: Settings) -> None:
-    """Raises UserError when a setting that counts something is not a whole number."""
-    for name, default in settings.defaults().items():
-        value = getattr(settings, name)
-        if type(default) is int and type(value) is not int:
-            raise UserError(f"{type(settings).__name__}.{name} is {value!r}; give a whole number")
 
 
 def vocabulary_of(model: nn.Module) -> int:

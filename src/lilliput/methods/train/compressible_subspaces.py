@@ -32,7 +32,7 @@ from lilliput.edits import set_module
 from lilliput.errors import UserError
 from lilliput.graph import Group, coupled_channels
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, LABELLED, OUTPUT_SHAPE, Facts, Method, knob
-from lilliput.methods.distill.logits import batches_of
+from lilliput.methods.distill.logits import batches_of, check_labels, check_tokens
 from lilliput.methods.train._subspace import (
     NARROW,
     SubspaceLayer,
@@ -90,6 +90,9 @@ class CompressibleSubspaces(Method):
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         structured, widths = self.regime == STRUCTURED, Widths()
+        if self.steps and workload is not None:
+            check_labels(workload, model, "use steps=0")
+            check_tokens(workload, model)
         if structured:
             widths = narrowed(model, need_workload(workload, self.name(), "to trace the model"), layers)
         for name in layers:

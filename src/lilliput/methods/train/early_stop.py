@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
 from lilliput.method import LABELLED, Facts, Settings, knob
-from lilliput.methods.train._adapting import check_whole_numbers
 from lilliput.methods.train._curves import (
     CURVES,
     breakeven_queries,
@@ -80,10 +79,6 @@ class EarlyStop(Settings):
     seed: int = knob(0, low=0, help="of the draws")
     facts: ClassVar[Facts] = Facts(stage="train", data=LABELLED, effect="shorter training, several tries per answer")
     paper: ClassVar[str] = "ttc_early_stop"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_whole_numbers(self)
 
     def stopper(self, evaluate: Evaluate, stops: bool = True) -> Stopper:
         """A callback of `lilliput.training.train`; `.for_trainer()` gives the one of transformers.

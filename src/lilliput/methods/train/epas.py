@@ -26,7 +26,7 @@ from torch import nn
 from lilliput.edits import set_module
 from lilliput.errors import UserError
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
-from lilliput.methods.distill.logits import batches_of
+from lilliput.methods.distill.logits import batches_of, check_tokens
 from lilliput.methods.layers._known import known_attentions
 from lilliput.methods.layers._spans import Spans, followers
 from lilliput.methods.layers.shared_attention import SharedAttention
@@ -66,8 +66,6 @@ class Epas(Method):
         super().__post_init__()
         if self.start > self.end:
             raise UserError(f"Epas.start is {self.start}, after end, {self.end}; give a start that is not later")
-        if type(self.group) is not int or type(self.steps) is not int:
-            raise UserError(f"Epas.group is {self.group!r}, steps {self.steps!r}; give whole numbers")
 
     @property
     def spans(self) -> Spans:
@@ -80,6 +78,7 @@ class Epas(Method):
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         work = need_workload(workload, self.name(), "whose data it learns from")
+        check_tokens(work, model)
         sharing = Sharing(self, model, layers)
         train(model, batches_of(work), work.loss, steps=self.steps, lr=self.lr, clip_norm=1.0, seed=self.seed,
               callbacks=[sharing])  # fmt: skip

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lilliput.errors import UserError
 from lilliput.method import FLOAT_WEIGHTS, Facts, Settings, knob
-from lilliput.methods.train._adapting import PARTS, PARTS_HELP, adapting, check_whole_numbers, learn_, token_ids
+from lilliput.methods.train._adapting import PARTS, PARTS_HELP, adapting, learn_, token_ids
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,6 @@ class ExtendContext(Settings):
         stage="serve", needs={FLOAT_WEIGHTS}, effect="longer documents in constant memory, slower first answer"
     )
     paper: ClassVar[str] = "ett"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_whole_numbers(self)
 
     @contextmanager
     def read(self, model: nn.Module, document: Any) -> Iterator[nn.Module]:

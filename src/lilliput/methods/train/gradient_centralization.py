@@ -30,6 +30,7 @@ class GradientCentralization(Settings):
 
     layers: str = knob("all", choices=tuple(DIMENSIONS), help="which weights: all matrices, or only of convolutions")
     facts: ClassVar[Facts] = Facts(stage="train", data=LABELLED, effect="gradients without their mean")
+    paper: ClassVar[str] = "resnet9_small_data"
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """From now on, before every step of the optimizer; `.remove()` of what is returned ends it.

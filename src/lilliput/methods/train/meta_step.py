@@ -37,6 +37,7 @@ class MetaStep(Settings):
 
     inner: float = knob(1.0, low=0.0, high=1000.0, help="length of the step ahead, in learning rates")
     facts: ClassVar[Facts] = Facts(stage="train", data=LABELLED, effect="steps that help other samples too")
+    paper: ClassVar[str] = "resnet9_small_data"
 
     def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> MetaOptimizer:
         """The optimizer with `ahead()`; `model` keeps the statistics of its batch norms inside of it."""

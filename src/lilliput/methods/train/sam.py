@@ -38,6 +38,7 @@ class Sam(Settings):
 
     rho: float = knob(0.05, low=0.0, high=100.0, help="how far from the weights the second gradient is taken")
     facts: ClassVar[Facts] = Facts(stage="train", data=LABELLED, effect="steps by worst points, two passes a step")
+    paper: ClassVar[str] = "resnet9_small_data"
 
     def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> SamOptimizer:
         """The optimizer with this in front of it; `model` keeps the statistics of its batch norms in second passes."""

@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader, Dataset
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
 from lilliput.method import LABELLED, Facts, Settings, knob
-from lilliput.methods.train._adapting import check_whole_numbers
 from lilliput.methods.train._resumable import ResumableSampler, check_state, permutation
 
 Scorer = Callable[[], Tensor]  # -> logits of all samples in the order of the data set, (n, classes)
@@ -58,7 +57,6 @@ class SwiftLearn(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        check_whole_numbers(self)
         if self.score == CHANGE and self.warmup == 0:
             raise UserError("SwiftLearn.warmup is 0, but a change needs training between two looks; give 1 or more")
 
@@ -125,9 +123,15 @@ class ImportanceSampler(ResumableSampler[int]):
                 f"{bad[0]}); lower the learning rate, or look at the data"
             )
         if not self.outputs.shape[1]:
+            self._check_classes(found.shape[1])
             self.outputs = torch.zeros(len(self.labels), found.shape[1])
         self.outputs[at] = F.log_softmax(found, 1)
         self.fresh[at] = True
+
+    def _check_classes(self, classes: int) -> None:
+        if int(self.labels.max()) >= classes:
+            raise UserError(f"a label is {int(self.labels.max())}, but outputs have {classes} classes; give labels "
+                            "from 0 and one output for each class")  # fmt: skip
 
     def look(self, epoch: int, choose: bool = True) -> None:
         """Score the samples, by a pass over all of them when not every output is fresh, and choose the subset."""
@@ -159,8 +163,6 @@ class ImportanceSampler(ResumableSampler[int]):
             if self.before.shape != self.outputs.shape:
                 raise _unready(epoch)
             return change(self.outputs, self.before)
-        if int(self.labels.max()) >= self.outputs.shape[1]:
-            raise UserError(f"a label is {int(self.labels.max())}, but outputs have {self.outputs.shape[1]} classes")
         return loss(self.outputs, self.labels) if self.settings.score == "loss" else el2n(self.outputs, self.labels)
 
     def state_dict(self, at: tuple[int, int] | None = None) -> dict[str, Any]:

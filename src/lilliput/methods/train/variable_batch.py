@@ -30,7 +30,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lilliput.errors import UserError
 from lilliput.method import LABELLED, Facts, Settings, knob
-from lilliput.methods.train._adapting import check_whole_numbers
 from lilliput.methods.train._resumable import ResumableSampler, check_state, permutation
 
 Size = tuple[int, int]  # height, width
@@ -52,10 +51,7 @@ class VariableBatch(Settings):
     )
     seed: int = knob(0, low=0, help="order of sizes and samples")
     facts: ClassVar[Facts] = Facts(stage="train", data=LABELLED, effect="fewer steps an epoch, several picture sizes")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_whole_numbers(self)
+    paper: ClassVar[str] = "cvnets_sampler"
 
     def batches(self, dataset: Any, base: Size, batch_size: int) -> VariableBatches:
         """A batch sampler over a data set of pictures, for batches of `batch_size` at the size `base` (H, W)."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
 from lilliput.method import FLOAT_WEIGHTS, UNLABELLED, Facts, Settings, knob
-from lilliput.methods.train._adapting import LORA, PARTS, PARTS_HELP, adapting, check_whole_numbers, learn_, token_ids
+from lilliput.methods.train._adapting import LORA, PARTS, PARTS_HELP, adapting, learn_, token_ids
 
 Verifier = Callable[[Tensor, Sequence[Tensor]], Tensor]  # prompt (T,), answers -> trust in each, 0..1
 IGNORED = -100  # label of tokens that are not learned
@@ -61,10 +61,6 @@ class VerifiedStream(Settings):
         stage="serve", needs={FLOAT_WEIGHTS}, data=UNLABELLED, effect="better answers to shifted queries, slower"
     )
     paper: ClassVar[str] = "vds_ttt"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_whole_numbers(self)
 
     def run(
         self, model: Any, verifier: Verifier, prompts: Sequence[Any], teacher: Verifier | None = None
