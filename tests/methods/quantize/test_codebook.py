@@ -105,7 +105,7 @@ def test_parts_of_a_large_layer_are_fitted_as_the_whole(shared, monkeypatch):
     whole = fit_codebook(w, 3, 32, shared, importance)
     monkeypatch.setattr("lilliput.methods.quantize._codebook.CHUNK", 16 * 64)
     in_parts = fit_codebook(w, 3, 32, shared, importance)
-    errors = [((values(found, w) - w).square() * importance).sum() for found in (whole, in_parts)]
+    errors = [float(((values(found, w) - w).square() * importance).sum()) for found in (whole, in_parts)]
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
     assert (whole[0] == in_parts[0]).float().mean() > 0.99
 

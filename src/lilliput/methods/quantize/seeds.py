@@ -61,6 +61,10 @@ class SeedEmbedding(KernelEmbedding):
     def rows(self, ids: Tensor) -> Tensor:
         return kernel.looked_up(ids, self.codes, self.embedding_dim, self.bits, self.offset)
 
+    def dequantized(self) -> Tensor:
+        """The weights to the bit as the head multiplies with them."""
+        return kernel.dequantized(self.codes, self.num_embeddings, self.embedding_dim, self.bits, self.offset)
+
 
 class SeedLinear(KernelLinear):
     """y = x W^T + b with W regenerated from seeds: exactly 4 or 3 bits per weight where blocks and 16 rows fit.
