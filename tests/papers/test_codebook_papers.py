@@ -95,7 +95,7 @@ def test_training_with_rounded_weights_ends_packed(llama_work):
     model = edkm.rounding_trained(llama_work, bits=3, steps=2, seed=0)
     assert bits_per_weight(model) == pytest.approx(3 + 32 / 32)  # a scale and a zero for each group of 32
     changed = [n for n, m in model.named_modules() if hasattr(m, "weight_bytes")]
-    assert changed == list(Dkm().resolve(llama_work.model))
+    assert changed == list(Dkm().resolve(llama_work.model, edkm.BLOCKS))
 
 
 def test_rounding_in_training_passes_gradients():

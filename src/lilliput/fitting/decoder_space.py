@@ -7,38 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
 
 from lilliput.anatomy import Anatomy, Block, anatomy
 from lilliput.device import Device
+from lilliput.fitting.decoder_formats import FLOAT, FORMATS, held_bytes, stored_bytes
 from lilliput.fitting.latency_table import ModelledTable, latency_table
 from lilliput.fitting.sensitivity import option_damages
 from lilliput.fitting.space import Genome, Option, Space, Unit
 from lilliput.graph import kept_count
 from lilliput.method import Method
-from lilliput.methods.factorize._ranks import svd_rank
+from lilliput.methods.factorize._ranks import snap_to_multiple, svd_rank
 from lilliput.methods.factorize.low_rank import LowRank
 from lilliput.methods.prune.depth import Depth
 from lilliput.methods.prune.neurons import Neurons
-from lilliput.methods.quantize.group import Group, fitting_group
-from lilliput.methods.quantize.int8 import Int8
 from lilliput.plan import Plan, Step
 from lilliput.workload import Workload
 
-FLOAT = "float32"
-FORMATS: dict[str, Method | None] = {
-    FLOAT: None,
-    "int8": Int8(),
-    "int4 g32": Group(bits=4, group=32),
-    "int4 g64": Group(bits=4, group=64),
-    "int3 g32": Group(bits=3, group=32, product="lookup"),  # faster than the integer product token by token
-    "int2 g32": Group(bits=2, group=32, product="lookup"),
-}
 NEURONS = (0.0, 0.125, 0.25, 0.375, 0.5)
-RANKS = (1.0, 0.75, 0.5)
+RANKS = (0.75, 0.5)
+SNAP = 16  # ranks are multiples of it: the second factor's inputs fill whole bytes in any format
 KEEP, DROP = "keep", "drop"
 UNIFORM = ("int8", "int4 g32", "-25.0% neurons", "rank 75%")
 
@@ -53,6 +44,16 @@ class _Layer:
     neurons_axis: int = 0  # 0: its rows are the neurons, 1: its columns are
     rank_unit: int = -1
     drop_unit: int = -1
+    tied: bool = False  # a head whose weights the embedding shares
+
+
+class LayerCost(NamedTuple):
+    """What a layer adds: milliseconds of a token, bytes in memory and on disk, and the format whose parts they are."""
+
+    ms: float
+    held_bytes: float
+    stored_bytes: float
+    label: str
 
 
 @dataclass
@@ -66,7 +67,7 @@ class DecoderSpace(Space):
     blocks: tuple[str, ...] = ()
     block_list: str = ""
     scale_ms: float = 1.0
-    _known: dict[tuple, tuple[float, float, str]] = field(default_factory=dict)
+    _known: dict[tuple, LayerCost] = field(default_factory=dict)
 
     def kept(self, layer: _Layer, genome: Genome) -> tuple[int, int] | None:
         """Shape of a layer after pruning, None when its block is gone."""
@@ -93,31 +94,35 @@ class DecoderSpace(Space):
         if method is None:
             return [(label, shape)]
         assert isinstance(method, LowRank)
-        rank = svd_rank(*shape, method.rank)
+        rank = snap_to_multiple(svd_rank(*shape, method.rank), method.snap, min(shape))
         return [(label, (rank, shape[1])), (label, (shape[0], rank))]
 
-    def layer_cost(self, index: int, genome: Genome) -> tuple[float, float, str]:
-        """(milliseconds of a token, bytes, format) of one layer."""
+    def layer_cost(self, index: int, genome: Genome) -> LayerCost:
+        """What one layer costs."""
         layer = self.layers[index]
         units = (layer.format_unit, layer.neurons_unit, layer.rank_unit, layer.drop_unit)
         key = (index, *(genome[u] if u >= 0 else 0 for u in units))
         if key not in self._known:
             products = self.products(index, genome)
-            ms = sum(self.table.ms(label, shape) for label, shape in products)
-            size = float(sum(format_bytes(label, shape) for label, shape in products))
-            self._known[key] = ms * self.scale_ms, size, products[0][0] if products else FLOAT
+            self._known[key] = LayerCost(
+                sum(self.table.ms(label, shape) for label, shape in products) * self.scale_ms,
+                float(sum(held_bytes(label, shape, layer.tied) for label, shape in products)),
+                float(sum(stored_bytes(label, shape) for label, shape in products)),
+                products[0][0] if products else FLOAT,
+            )
         return self._known[key]
 
     def cost_parts(self, genome: Genome) -> dict[str, dict[str, float]]:
         """Time and bytes by format, and what no format changes."""
         dropped = sum(genome[u] != 0 for u in self._drop_units())
         ms = {"overhead": self.overhead_ms * (len(self.blocks) - dropped)}
-        weights: dict[str, float] = {}
+        held: dict[str, float] = {}
+        stored: dict[str, float] = {}
         for index in range(len(self.layers)):
-            layer_ms, size, label = self.layer_cost(index, genome)
-            ms[label] = ms.get(label, 0.0) + layer_ms
-            weights[label] = weights.get(label, 0.0) + size
-        return {"token_ms": ms, "memory_bytes": weights | {"fixed": self.fixed_bytes}, "size_bytes": weights}
+            cost = self.layer_cost(index, genome)
+            for parts, value in ((ms, cost.ms), (held, cost.held_bytes), (stored, cost.stored_bytes)):
+                parts[cost.label] = parts.get(cost.label, 0.0) + value
+        return {"token_ms": ms, "memory_bytes": held | {"fixed": self.fixed_bytes}, "size_bytes": stored}
 
     def layer_ms(self, genome: Genome, factors: Mapping[str, float]) -> dict[str, float]:
         """Milliseconds of a token in each block and in the head, corrected by `factors` of the parts of token_ms."""
@@ -127,8 +132,8 @@ class DecoderSpace(Space):
         for index, layer in enumerate(self.layers):
             unit = self.units[layer.format_unit]
             name = unit.name if unit.block is None else self.blocks[unit.block]
-            ms, _, label = self.layer_cost(index, genome)
-            found[name] = found.get(name, 0.0) + ms * factors.get(label, 1.0)
+            cost = self.layer_cost(index, genome)
+            found[name] = found.get(name, 0.0) + cost.ms * factors.get(cost.label, 1.0)
         return found
 
     def _drop_units(self) -> set[int]:
@@ -164,18 +169,6 @@ class DecoderSpace(Space):
         return names
 
 
-def format_bytes(label: str, shape: tuple[int, int]) -> int:
-    """Bytes of the weights of one layer in a format."""
-    n, k = shape
-    method = FORMATS[label]
-    if method is None:
-        return 4 * n * k
-    if isinstance(method, Int8):
-        return n * k + 2 * n
-    assert isinstance(method, Group)
-    return n * (k * method.bits // 8 + 4 * k // fitting_group(method.group, k))
-
-
 def decoder_space(
     workload: Workload,
     families: Sequence[str],
@@ -200,7 +193,7 @@ def decoder_space(
     _add_head(space, model, parts, formats)
     progress("timing layers")
     shapes = {layer.shape for layer in space.layers}
-    modelled = ModelledTable(device, threads, format_bytes)
+    modelled = ModelledTable(device, threads, held_bytes)
     space.table = latency_table(formats, shapes, threads) if device.measured else modelled
     progress("judging options")
     space.damage = _damages(workload, space, progress)
@@ -218,7 +211,7 @@ def _add_block(space: DecoderSpace, model: nn.Module, block: Block, formats: dic
         drop = _add(space, block, "block", (block.name,), (Option(KEEP), Option(DROP, Depth(blocks=1))))
         choices = (Option("all neurons"), *(Option(f"-{r:.1%} neurons", Neurons(ratio=r)) for r in NEURONS[1:]))
         neurons = _add(space, block, "neurons", (mlp.name,), choices)
-    ranks = tuple(Option(f"rank {r:.0%}" if r < 1 else "full rank", LowRank(rank=r) if r < 1 else None) for r in RANKS)
+    ranks = (Option("full rank"), *(Option(f"rank {r:.0%}", LowRank(rank=r, snap=SNAP)) for r in RANKS))
     groups = {
         "qkv": (attention.q, attention.k, attention.v),
         "o": (attention.o,),
@@ -244,7 +237,7 @@ def _add_head(space: DecoderSpace, model: nn.Module, parts: Anatomy, formats: di
     options = tuple(Option(label, method) for label, method in formats.items())
     space.units.append(Unit(parts.head, (parts.head,), options, None, "head"))
     shape = (int(linear.out_features), int(linear.in_features))  # type: ignore[arg-type]
-    space.layers.append(_Layer(shape, len(space.units) - 1))
+    space.layers.append(_Layer(shape, len(space.units) - 1, tied=parts.tied))
 
 
 def _add(space: DecoderSpace, block: Block, part: str, targets: tuple[str, ...], options: tuple[Option, ...]) -> int:

@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lilliput import __version__
 from lilliput.cache import folder, write_atomically
 from lilliput.device import Device
 from lilliput.method import Method
+from lilliput.workload import ACCURACY, Workload
 
+ROWS = 64  # that are packed to be repeated: whole blocks of every layout
 WORKING_SET_BYTES = 64_000_000
 Shape = tuple[int, int]  # (out_features, in_features)
 
@@ -75,10 +78,25 @@ def _read(path) -> dict[str, list[float]]:
 
 
 def _layer(shape: Shape, method: Method | None) -> nn.Module:
-    """A linear layer of that shape in that format."""
+    """A linear layer of that shape in that format. A packed one repeats some packed rows: no time depends on values."""
+    n, k = shape
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
-    return model[0] if method is None else method.apply_(model, None, {"0": method})[0]
+    model = nn.Sequential(nn.Linear(k, n if method is None else ROWS, bias=False))
+    if method is None:
+        return model[0]
+    batch = {"input": torch.randn(ROWS, k)}
+    data = Workload(model, [batch], [batch], [batch], ACCURACY, batch)
+    few: Any = method.apply_(model, data, {"0": method})[0]
+    layer = type(few)(**(few.rebuild_config() | {"out_features": n}))
+    stored = few.state_dict()
+    layer.load_state_dict({name: _repeated(stored[name], like) for name, like in layer.state_dict().items()})
+    return layer
+
+
+def _repeated(values: Tensor, like: Tensor) -> Tensor:
+    """The values again and again, in the shape of `like`."""
+    times = -(-like.numel() // values.numel())
+    return values.flatten().repeat(times)[: like.numel()].view(like.shape)
 
 
 @torch.inference_mode()

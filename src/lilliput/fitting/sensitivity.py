@@ -3,6 +3,9 @@ loss says of that output.
 
 For a target module f with inputs x_t and loss gradient g_t at its output, the second-order expectation of the increase
 of the loss when f becomes f' is  1/2 mean_t sum_j g_tj^2 (f'(x_t) - f(x_t))_j^2  (diagonal empirical Fisher).
+
+Quantization changes each row of a weight matrix by itself, but for tables that rows share. So a few rows stand for a
+large layer, the same ones in all formats.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from lilliput.method import Method
 from lilliput.methods.prune.depth import Depth
 from lilliput.workload import Batch, Workload
 
+ROWS = 64  # of a layer that roundings are judged on
 
 @dataclass
 class Trace:
@@ -104,22 +108,47 @@ class _OneModule(Workload):
         return _first(model.get_submodule(self.target)(batch["input"]))
 
 
-def option_damage(workload: Workload, method: Method, target: str, seen: Trace) -> float:
-    """Damage of one method on one target; the model is left as it was."""
+def some_rows(layer: nn.Linear, seen: Trace) -> tuple[nn.Linear, Trace]:
+    """A layer of about ROWS rows of a larger one, and their trace: a damage on it is about that on the whole layer.
+
+    A row's damage is about in proportion to a_j = sum_t g_tj^2 |w_j|^2. The rows stand at equal steps of the sum of a
+    over rows, which takes those with a large part of it for certain, and each counts for what it stands for.
+    """
+    w = layer.weight.detach()
+    squares = torch.stack([g.flatten(0, -2).sum(0, dtype=torch.float32) for g in seen.weights]).sum(0)
+    sums = (squares.double() * w.double().square().sum(1)).cumsum(0)
+    if len(w) <= 2 * ROWS or not sums[-1] > 0:
+        return layer, seen
+    places = (torch.arange(ROWS, dtype=torch.float64) + 0.5) / ROWS * sums[-1]
+    rows, count = torch.searchsorted(sums, places).unique(return_counts=True)
+    parts = sums[rows] - torch.where(rows > 0, sums[rows - 1], 0.0)
+    stands_for = (count * sums[-1] / (ROWS * parts)).float()
+    few = nn.Linear(layer.in_features, len(rows), layer.bias is not None, dtype=w.dtype)
+    few.weight = nn.Parameter(w[rows])
+    if layer.bias is not None:
+        few.bias = nn.Parameter(layer.bias.detach()[rows])
+    outputs, weights = [y[..., rows] for y in seen.outputs], [g[..., rows] * stands_for for g in seen.weights]
+    return few.train(layer.training), Trace(seen.inputs, outputs, weights)
+
+
+def option_damage(
+    workload: Workload, method: Method, target: str, seen: Trace, stand_in: nn.Module | None = None
+) -> float:
+    """Damage of one method on one target, or on a layer that stands in for it; the model is left as it was."""
     if isinstance(method, Depth):
         return seen.damage(nn.Identity())
     model = workload.model
-    with trial(model, target):
+    with trial(model, target, model.get_submodule(target) if stand_in is None else stand_in):
         method.apply_(model, _OneModule(target, seen, workload), {target: method})
         return seen.damage(model.get_submodule(target))
 
 
 @contextmanager
-def trial(model: nn.Module, target: str):
-    """Inside, `target` is a copy that a method may change or replace; afterwards the model is the old one."""
+def trial(model: nn.Module, target: str, stand_in: nn.Module):
+    """Inside, a copy of `stand_in` is the target, for a method to change or replace; afterwards all is as before."""
     structure = {module: dict(module._modules) for module in model.modules()}
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
-    set_module(model, target, copy.deepcopy(model.get_submodule(target)))
+    set_module(model, target, copy.deepcopy(stand_in))
     try:
         yield
     finally:
@@ -143,14 +172,26 @@ def option_damages(
         traces = trace(workload, missing, batches)
         for target, methods in missing.items():
             progress(f"judging {target}")
-            known |= {_key(target, m): option_damage(workload, m, target, traces[target]) for m in methods}
-            del traces[target]
+            known |= _damages(workload, methods, target, traces.pop(target))
         write_atomically(path, json.dumps(known).encode())
     return {(t, m): known[_key(t, m)] for t, ms in options.items() for m in ms}
 
 
+def _damages(workload: Workload, methods: Sequence[Method], target: str, seen: Trace) -> dict[str, float]:
+    """Damages of several methods on one target, by the keys of the cache; roundings are judged on the same rows."""
+    found: dict[str, float] = {}
+    roundings = [m for m in methods if m.facts.stage == "quantize"]
+    layer = workload.model.get_submodule(target)
+    if roundings and isinstance(layer, nn.Linear):
+        few, trace_of_few = some_rows(layer, seen)
+        found |= {_key(target, m): option_damage(workload, m, target, trace_of_few, few) for m in roundings}
+    others = (m for m in methods if _key(target, m) not in found)
+    return found | {_key(target, m): option_damage(workload, m, target, seen) for m in others}
+
+
 def _key(target: str, method: Method) -> str:
-    return f"{target}: {method.name()} {method!r}"
+    rows = f", {ROWS} rows" if method.facts.stage == "quantize" else ""
+    return f"{target}{rows}: {method.name()} {method!r}"
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Batch]) -> str:

@@ -96,6 +96,33 @@ def unpack(
     return stored, blocks.transpose(1, 2).reshape(-1, columns // group)[:rows], kept
 
 
+def looked_up(
+    ids: Tensor, codes: Tensor, scale: Tensor, tables: Tensor, columns: int, group: int, bits: int
+) -> Tensor:
+    """Rows `ids` (n,) of the weights in the layout of `pack`, (n, columns) float32, in plain torch; no other is read."""
+    index = _indices(codes, ids, columns, bits)
+    shared = tables.numel() == TABLE
+    table = torch.zeros_like(ids) if shared else ids // rows_per_table(bits)
+    entries = tables.view(-1, 2**bits)[table].gather(1, index).float()
+    blocks = scale.view(torch.bfloat16).view(-1, columns // group, BLOCK)
+    steps = blocks[ids // BLOCK, :, ids % BLOCK].float()
+    return (entries.unflatten(1, (columns // group, group)) * steps.unsqueeze(2)).flatten(1)
+
+
+def _indices(codes: Tensor, ids: Tensor, columns: int, bits: int) -> Tensor:
+    """The indices of rows `ids` (n,), (n, columns) int64; group_linear.hpp describes their place in the layout."""
+    words = codes.view(-1, -(-columns // PIECE), bits, BLOCK, 4)[ids // BLOCK, :, :, ids % BLOCK].long()
+    if bits == 4:
+        quads = torch.stack([words & 15, words >> 4], 3)
+    else:
+        quads = (words[:, :, :2].unsqueeze(3) >> torch.arange(0, 8, 2).view(4, 1)) & 3
+    quads = quads.flatten(2, 3)  # (n, pieces, 8, 4): four inputs of the row at a time
+    if bits == 3:
+        high = (words[:, :, 2:] >> torch.arange(8).view(8, 1)) & 1
+        quads = quads | (high << 2)
+    return quads.flatten(1)[:, :columns]
+
+
 def codebook_linear(
     x: Tensor, codes: Tensor, scale: Tensor, tables: Tensor, rows: int, group: int, bits: int
 ) -> Tensor:

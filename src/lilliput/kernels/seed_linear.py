@@ -67,9 +67,21 @@ def read(codes: Tensor, rows: int, columns: int, bits: int) -> tuple[Tensor, Ten
 
 def reference(codes: Tensor, rows: int, columns: int, bits: int, offset: int) -> Tensor:
     """The weights (N, K) that the codes stand for, float64. Seed 0, which is no state, counts as the first."""
-    seeds, t, e = read(codes, rows, columns, bits)
+    return _weights(*read(codes, rows, columns, bits), bits, offset)[:, :columns]
+
+
+def _weights(seeds: Tensor, t: Tensor, e: Tensor, bits: int, offset: int) -> Tensor:
+    """Seeds (N, blocks), t (N, blocks, P), e (N, blocks) -> the inputs of all blocks (N, blocks C), float64."""
     blocks = torch.einsum("nbcp,nbp->nbc", basis(seeds, bits), t.double())
-    return (blocks * torch.exp2((e + offset).double()).unsqueeze(-1)).flatten(1)[:, :columns]
+    return (blocks * torch.exp2((e + offset).double()).unsqueeze(-1)).flatten(1)
+
+
+def looked_up(ids: Tensor, codes: Tensor, columns: int, bits: int, offset: int) -> Tensor:
+    """Rows `ids` (n,) of the weights, (n, columns) float32, in plain torch; no others are made."""
+    bands = codes.view(-1, code_bytes(BAND, columns, bits))[ids // BAND]
+    rows = torch.arange(len(ids)) * BAND + ids % BAND
+    seeds, t, e = (part[rows] for part in read(bands, BAND * len(ids), columns, bits))
+    return _weights(seeds, t, e, bits, offset)[:, :columns].float()
 
 
 def dequantized(codes: Tensor, rows: int, columns: int, bits: int, offset: int) -> Tensor:

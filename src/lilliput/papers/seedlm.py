@@ -36,6 +36,7 @@ paper = Paper(
 
 OURS, PICKED, ROUNDING = "SeedLM", "SeedLM, picked neighbours", "rounding, group 128"
 NEAR_FLOAT = 0.05  # relative rise of the perplexity that still counts as near, at 4 bits
+BLOCKS = ["model.layers.*"]  # what is packed of llama-tiny: the embedding, which is the head, stays as it is
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.15.self_attn.o_proj")  # of SmolLM2-135M
 LARGE_LAYERS = ("model.layers.0.mlp.gate_proj", "model.layers.15.mlp.down_proj", "model.layers.29.mlp.up_proj")
 
@@ -75,7 +76,7 @@ def perplexity(losses: Tensor) -> float:
 
 def compare(table: Table, work: Workload, name: str, method: Method, bits: int) -> Tensor:
     """One contender on the whole model: its losses per window, and what it takes."""
-    start, model = perf_counter(), method.apply(work.model, work)
+    start, model = perf_counter(), method.apply(work.model, work, BLOCKS)
     table.add(name, f"encode_minutes_{bits}_bits", (perf_counter() - start) / 60)
     table.add(name, f"bits_per_weight_{bits}_bits", bits_per_weight(model))
     layer = model.get_submodule("model.layers.0.mlp.gate_proj")

@@ -57,9 +57,3 @@ def test_wrong_sizes_and_weights_are_refused():
     model[0].weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="layer '0': the weights are not"):
         Seeds().apply(model)
-
-
-def test_a_tied_head_stays(llama_work):
-    model = Seeds(candidates=1).apply(llama_work.model)
-    assert type(model.lm_head) is nn.Linear
-    assert sum(isinstance(m, SeedLinear) for m in model.modules()) == 14

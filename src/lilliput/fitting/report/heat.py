@@ -51,7 +51,7 @@ def _cell(unit: Record) -> dict[str, Any]:
 
 def kind(setting: str) -> str:
     """Whether a setting takes bits, ranks, or whole parts away."""
-    if re.match(r"(int|float|fp|bf)\d", setting):
+    if re.match(r"(int|table|float|fp|bf)\d", setting):
         return "bits"
     return "rank" if "rank" in setting else "parts"
 
@@ -61,7 +61,7 @@ def strength(unit: Record) -> float:
     if not unit["option"]:
         return 0.0
     label = unit["setting"]
-    if bits := re.match(r"int(\d+)", label):
+    if bits := re.match(r"(?:int|table)(\d+)", label):
         return {8: 0.3, 4: 0.6, 3: 0.8, 2: 1.0}.get(int(bits[1]), 0.5)
     if share := re.match(r"-(\d+(?:\.\d+)?)%", label):
         return min(1.0, 0.15 + float(share[1]) / 60)

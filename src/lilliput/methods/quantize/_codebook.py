@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 from lilliput.errors import UserError
 from lilliput.kernels import codebook_linear as kernel
 from lilliput.kernels.native_weights import NativeWeights
-from lilliput.methods.quantize._kernel_linear import KernelLinear
+from lilliput.methods.quantize._kernel_linear import KernelEmbedding, KernelLinear
 from lilliput.methods.quantize._packed import pack_codes, unpack_codes
 
 LARGEST = 127  # of a table's signed bytes
 BINS = 512  # distinct values up to which k-means is exact; more are put into so many intervals first
+LOOK = 8 * BINS  # values that are looked at first
+START = 2**20  # weights from which the first tables come, at least
+CHUNK = 2**17  # weights that are looked at together
 SEARCH_EVERY = 4  # rounds, a search for the scales
 FACTORS = (1.0, 0.85, 0.92, 1.08, 1.16, -1.0)  # of a scale that are tried
 
@@ -48,9 +52,12 @@ def kmeans_1d(values: Tensor, weights: Tensor, k: int) -> Tensor:
 def _distinct(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Ascending values with a positive weight, at most BINS of them: more become the means of equal intervals."""
     values, weights = values[weights > 0], weights[weights > 0]
-    points, index = values.unique(return_inverse=True)
-    if len(points) > BINS:
-        low, high = points[0], points[-1]
+    index = None
+    if len(values[:LOOK].unique()) <= BINS:  # otherwise sorting all of them would only say that they are too many
+        points, index = values.unique(return_inverse=True)
+        index = index if len(points) <= BINS else None
+    if index is None:
+        low, high = values.aminmax()
         index = ((values - low) / (high - low) * BINS).long().clamp_(0, BINS - 1)
     mass = torch.bincount(index, weights)
     means = torch.bincount(index, weights * values)[mass > 0] / mass[mass > 0]
@@ -73,19 +80,48 @@ def fit_codebook(
         raise UserError("a weight is NaN or infinite; load or train the model again before quantizing it")
     w = w.detach().float()
     weight = torch.ones(w.shape[1]) if importance is None else importance.float().clamp_min(1e-12)
-    weight = (weight / weight.mean()).expand_as(w)
+    weight = weight / weight.mean()
     scale = largest_of_groups(w, group)
-    wide = scale.repeat_interleave(group, 1)
-    tables = kmeans_1d(w / wide, weight * wide.double().square(), 2**bits).float().unsqueeze(0)
+    tables = _first_tables(w, weight, scale, bits)
     if not shared:
         tables = tables.repeat(-(-len(w) // kernel.rows_per_table(bits)), 1)
     for i in range(rounds):
-        if i % SEARCH_EVERY == 1:
-            scale = _searched_scale(w, weight, scale, tables, bits)
-        q = nearest(w / scale.repeat_interleave(group, 1), tables, bits)
-        scale = best_scale(w, kernel.per_row(tables, len(w), bits).gather(1, q), weight, scale)
-        tables = _best_tables(w, q, weight, scale, tables, bits)
+        tables = _round_(w, weight, scale, tables, bits, search=i % SEARCH_EVERY == 1)
     return _rounded(w, weight, scale, tables, bits)
+
+
+def _first_tables(w: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """One table (1, 2**bits) by k-means on weights over their scales; on every n-th row of a large matrix."""
+    step = max(1, w.numel() // START)
+    w, wide = w[::step], _wide(scale[::step], w)
+    return kmeans_1d(w / wide, weight * wide.double().square(), 2**bits).float().unsqueeze(0)
+
+
+def _round_(w: Tensor, weight: Tensor, scale: Tensor, tables: Tensor, bits: int, search: bool) -> Tensor:
+    """Nearest entries, then the best scales for them, in place, then the best tables, which are returned."""
+    sums = []
+    for rows, own in _parts(w, tables, bits):
+        if search:
+            scale[rows] = _searched_scale(w[rows], weight, scale[rows], own, bits)
+        q = nearest(w[rows] / _wide(scale[rows], w), own, bits)
+        entries = kernel.per_row(own, len(q), bits).gather(1, q)
+        scale[rows] = best_scale(w[rows], entries, weight, scale[rows])
+        sums.append(_table_sums(w[rows], q, weight, _wide(scale[rows], w), own))
+    up, down = (torch.stack(s).sum(0) if len(tables) == 1 else torch.cat(s) for s in zip(*sums))
+    return torch.where(down > 0, up / down.clamp_min(1e-300), tables.double()).float()
+
+
+def _parts(w: Tensor, tables: Tensor, bits: int) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time, with their tables: what is computed of them stays in a cache."""
+    step, per_table = max(1, CHUNK // w.shape[1] // kernel.BLOCK) * kernel.BLOCK, kernel.rows_per_table(bits)
+    for start in range(0, len(w), step):
+        stop = min(start + step, len(w))
+        yield slice(start, stop), tables if len(tables) == 1 else tables[start // per_table : -(-stop // per_table)]
+
+
+def _wide(scale: Tensor, w: Tensor) -> Tensor:
+    """The scale of each weight."""
+    return scale.repeat_interleave(w.shape[1] // scale.shape[1], 1)
 
 
 def largest_of_groups(w: Tensor, group: int) -> Tensor:
@@ -131,33 +167,81 @@ def best_scale(w: Tensor, entries: Tensor, weight: Tensor, old: Tensor) -> Tenso
     return torch.where((down > 0) & (up != 0), up / down.clamp_min(1e-30), old)
 
 
-def _best_tables(w: Tensor, q: Tensor, weight: Tensor, scale: Tensor, old: Tensor, bits: int) -> Tensor:
-    """Least-squares entries; one without weights stays."""
-    wide = scale.repeat_interleave(w.shape[1] // scale.shape[1], 1)
-    table = torch.arange(len(w)) // (len(w) if len(old) == 1 else kernel.rows_per_table(bits))
-    slot = (table.unsqueeze(1) * 2**bits + q).flatten()
-    up = torch.bincount(slot, (weight * wide * w).flatten().double(), old.numel()).view_as(old)
-    down = torch.bincount(slot, (weight * wide.square()).flatten().double(), old.numel()).view_as(old)
-    return torch.where(down > 0, up / down.clamp_min(1e-300), old.double()).float()
+def _table_sums(w: Tensor, q: Tensor, weight: Tensor, wide: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums from which the least-squares entries of the tables follow, above and below the line, float64."""
+    entries = tables.shape[1]
+    if len(tables) > 1:
+        q = q + entries * (torch.arange(len(w)) // (entries // 4)).unsqueeze(1)
+    parts = (weight * wide * w, weight * wide.square())
+    up, down = (torch.bincount(q.flatten(), p.flatten().double(), tables.numel()) for p in parts)
+    return up.view_as(tables), down.view_as(tables)
 
 
 def _rounded(w: Tensor, weight: Tensor, scale: Tensor, tables: Tensor, bits: int) -> Codebook:
-    """As it is stored: bytes in the tables, bfloat16 scales, indices for these."""
+    """As it is stored: bytes in the tables, bfloat16 scales, indices (int32) for these."""
     unit = tables.abs().amax(1, keepdim=True).clamp_min(1e-30) / LARGEST
     stored = (tables / unit).round().to(torch.int8)
     scale = scale * kernel.per_row(unit.expand(-1, 2**bits), len(w), bits)[:, :1]
-    group = w.shape[1] // scale.shape[1]
-    for _ in range(2):
-        q = nearest(w / scale.repeat_interleave(group, 1), stored, bits)
-        entries = kernel.per_row(stored, len(w), bits).gather(1, q).float()
-        scale = best_scale(w, entries, weight, scale).bfloat16().float()
-    return q, scale, stored
+    indices = torch.empty(w.shape, dtype=torch.int32)
+    for rows, own in _parts(w, stored, bits):
+        for _ in range(2):
+            q = nearest(w[rows] / _wide(scale[rows], w), own, bits)
+            entries = kernel.per_row(own, len(q), bits).gather(1, q).float()
+            scale[rows] = best_scale(w[rows], entries, weight, scale[rows]).bfloat16().float()
+        indices[rows] = q.int()
+    return indices, scale, stored
+
+
+def empty_layout(rows: int, columns: int, group: int, bits: int, shared: bool) -> dict[str, Tensor]:
+    """The tensors of the executed layout, zeros. Raises UserError for bits and groups that the kernel does not take."""
+    if bits not in kernel.BITS:
+        raise UserError(f"bits is {bits}; choose one of {', '.join(map(str, kernel.BITS))}")
+    if group < 1 or columns % group or (group % kernel.PIECE and group != columns):
+        raise UserError(f"group {group} does not fit {columns} inputs: all, or a multiple of {kernel.PIECE}")
+    codes, scales, tables = kernel.layout_sizes(rows, columns, group, bits, shared)
+    return {
+        "codes": torch.zeros(codes, dtype=torch.uint8),
+        "scale": torch.zeros(scales, dtype=torch.int16),
+        "tables": torch.zeros(tables, dtype=torch.int8),
+    }
+
+
+class CodebookEmbedding(KernelEmbedding):
+    """An embedding that looks its rows up in the tables of a head."""
+
+    codes: Tensor
+    scale: Tensor
+    tables: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        group: int,
+        shared: bool = True,
+        factor: float = 1.0,
+        dtype: str = "float32",
+    ):
+        super().__init__(num_embeddings, embedding_dim, factor, dtype)
+        self.bits, self.group, self.shared = bits, group, shared
+        for name, tensor in empty_layout(num_embeddings, embedding_dim, group, bits, shared).items():
+            self.register_buffer(name, tensor)
+
+    def rebuild_config(self) -> dict[str, Any]:
+        """Arguments of the constructor."""
+        return super().rebuild_config() | {"bits": self.bits, "group": self.group, "shared": self.shared}
+
+    def rows(self, ids: Tensor) -> Tensor:
+        layout = (self.codes, self.scale, self.tables)
+        return kernel.looked_up(ids, *layout, self.embedding_dim, self.group, self.bits)
 
 
 class CodebookLinear(KernelLinear):
     """y = x W^T + b with W looked up in tables: indices of 4, 3 or 2 bits, a bfloat16 scale per group of inputs."""
 
     compute_dtype = "int8"
+    embedding_class = CodebookEmbedding
     codes: Tensor
     scale: Tensor
     tables: Tensor
@@ -166,14 +250,9 @@ class CodebookLinear(KernelLinear):
         self, in_features: int, out_features: int, bits: int, group: int, shared: bool = True, bias: bool = False
     ):
         super().__init__(in_features, out_features, bias)
-        if bits not in kernel.BITS:
-            raise UserError(f"bits is {bits}; choose one of {', '.join(map(str, kernel.BITS))}")
-        if group < 1 or in_features % group or (group % kernel.PIECE and group != in_features):
-            raise UserError(f"group {group} does not fit {in_features} inputs: all, or a multiple of {kernel.PIECE}")
         self.bits, self.group, self.shared = bits, group, shared
-        sizes = kernel.layout_sizes(out_features, in_features, group, bits, shared)
-        for name, size, dtype in zip(("codes", "scale", "tables"), sizes, (torch.uint8, torch.int16, torch.int8)):
-            self.register_buffer(name, torch.zeros(size, dtype=dtype))
+        for name, tensor in empty_layout(out_features, in_features, group, bits, shared).items():
+            self.register_buffer(name, tensor)
 
     @classmethod
     def from_codes(cls, q: Tensor, scale: Tensor, tables: Tensor, bits: int, bias: Tensor | None) -> CodebookLinear:
@@ -187,16 +266,10 @@ class CodebookLinear(KernelLinear):
 
     def rebuild_config(self) -> dict[str, Any]:
         """Arguments of the constructor."""
-        shape = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
-        return shape | {"bits": self.bits, "group": self.group, "shared": self.shared}
+        return super().rebuild_config() | {"bits": self.bits, "group": self.group, "shared": self.shared}
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, group={self.group}, shared={self.shared}"
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes the weights take in memory and on disk."""
-        return self.codes.nbytes + self.scale.nbytes + self.tables.nbytes
 
     def multiply(self, rows: Tensor) -> Tensor:
         layout = (self.codes, self.scale, self.tables)

@@ -124,6 +124,17 @@ class DKMLinear(nn.Module):
             self.centroids = after.detach().clone()
         return mixed.view_as(self.weight) * self.scale.repeat_interleave(self.group, 1)
 
+    def soft_rows(self, ids: Tensor) -> Tensor:
+        """Rows (n, K) of the weights as mixtures of the centroids as they are: only `soft_weight` moves these."""
+        scale = self.scale[ids].repeat_interleave(self.group, 1)
+        u = Rounded.apply(self.weight[ids] / scale).flatten()
+        mixed, _ = TableWeights.apply(u, self.centroids, self.tau, 0)
+        return mixed.view_as(scale) * scale
+
+    def embedding(self, factor: float, dtype: str) -> DKMEmbedding:
+        """An embedding of the same weights while they train, in float32 as these are."""
+        return DKMEmbedding(self, factor)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.soft_weight(), self.bias)
 
@@ -136,3 +147,21 @@ class DKMLinear(nn.Module):
         scale = (self.scale * unit).bfloat16().float()
         q = nearest(self.weight / scale.repeat_interleave(self.group, 1), tables, self.bits)
         return CodebookLinear.from_codes(q, scale, tables, self.bits, self.bias)
+
+
+class DKMEmbedding(nn.Module):
+    """An embedding in training: rows of a head's soft weights, times `embed_scale`. The head is no child of it."""
+
+    def __init__(self, head: DKMLinear, embed_scale: float):
+        super().__init__()
+        self._head = (head,)  # in a tuple, where torch does not see a second place of the same module
+        self.num_embeddings, self.embedding_dim = head.weight.shape
+        self.embed_scale = embed_scale
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The head's: both are tied."""
+        return self._head[0].weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self._head[0].soft_rows(ids.flatten()).view(*ids.shape, self.embedding_dim) * self.embed_scale

@@ -23,11 +23,17 @@ from lilliput.kernels.native_weights import NativeWeights
 from lilliput.methods.quantize._grid import dequantize
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PRODUCTS = {  # how a product is executed -> to its layout and back, the kernel, the bits it takes
-    "integer": (integer.pack, integer.unpack, integer.group_linear, (8, 4, 3, 2)),
-    "lookup": (lookup.pack, lookup.unpack, lookup.lookup_linear, lookup.BITS),
+PRODUCTS = {  # how a product is executed -> to its layout and back, the kernel, the bits it takes, the layout's sizes
+    "integer": (integer.pack, integer.unpack, integer.group_linear, (8, 4, 3, 2), integer.layout_sizes),
+    "lookup": (lookup.pack, lookup.unpack, lookup.lookup_linear, lookup.BITS, lookup.layout_sizes),
 }
 CHUNK_ROWS = 256  # rows converted at a time, so that the temporaries stay small
+
+
+def check_float(dtype: str) -> None:
+    """Raises UserError for a type that no embedding gives."""
+    if dtype not in FLOATS:
+        raise UserError(f"an embedding gives {dtype!r}; choose one of {', '.join(FLOATS)}")
 
 
 def pack_codes(q: Tensor, bits: int) -> Tensor:
@@ -196,6 +202,20 @@ class PackedLinear(_Packed):
         shape = self.out_features, self.in_features
         return NativeWeights(self.product, shape, codes, grid, group=self.group, bits=self.bits)
 
+    @property
+    def executed_bytes(self) -> int:
+        """Bytes of the layout that the kernel executes; codes that are shared with an embedding lie beside it."""
+        codes, grid = PRODUCTS[self.product][4](self.out_features, self.in_features, self.group, self.bits)
+        return codes + 2 * grid
+
+    def embedding(self, factor: float, dtype: str) -> PackedEmbedding:
+        """An embedding that shares this layer's codes from now on."""
+        table = PackedEmbedding(self.rows, self.columns, self.bits, self.group, factor, dtype)
+        self.shared = True
+        for key, tensor in self.tensors().items():
+            setattr(table, key, tensor)
+        return table
+
     def _lay_out_(self) -> None:
         stored = super().tensors()
         grids = stored["scale"], stored.get("zero")
@@ -277,8 +297,7 @@ class PackedEmbedding(_Packed):
         dtype: str = "float32",
     ):
         super().__init__(num_embeddings, embedding_dim, bits, group)
-        if dtype not in FLOATS:
-            raise UserError(f"an embedding gives {dtype!r}; choose one of {', '.join(FLOATS)}")
+        check_float(dtype)
         self.num_embeddings, self.embedding_dim, self.factor = num_embeddings, embedding_dim, factor
         self.dtype = dtype
 
@@ -323,19 +342,19 @@ def replace_linears_(model: nn.Module, layers: Mapping[str, Any], codes_of: Call
         except UserError as error:
             raise UserError(f"layer {name!r}: {error}") from None
         if name == plan.head and plan.tied:
-            _share_with_embedding_(model, plan.embedding, packed)
+            embed_from_(model, plan.embedding, packed)
         set_module(model, name, packed)
     return model
 
 
-def _share_with_embedding_(model: nn.Module, name: str, head: PackedLinear) -> None:
-    old = model.get_submodule(name)
+def embed_from_(model: nn.Module, name: str, head: Any) -> None:
+    """Put an embedding that shares the codes of `head`, by its `embedding(factor, dtype)`, where `name` points.
+
+    It gives what the old one gave: rows in that type, times its factor.
+    """
+    old: Any = model.get_submodule(name)
     factor = float(getattr(old, "embed_scale", 1.0))
-    dtype = str(old.weight.dtype).removeprefix("torch.")
-    table = PackedEmbedding(head.rows, head.columns, head.bits, head.group, factor, dtype)
-    head.shared = True
-    for key, tensor in head.tensors().items():
-        setattr(table, key, tensor)
-    set_module(model, name, table)
-    if hasattr(model, "config"):
-        model.config.tie_word_embeddings = False
+    set_module(model, name, head.embedding(factor, str(old.weight.dtype).removeprefix("torch.")))
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        config.tie_word_embeddings = False

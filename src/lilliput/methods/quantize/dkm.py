@@ -4,7 +4,8 @@ Paper: Cho, Alizadeh-Vahid, Fu, Adya, Del Mundo, Rastegari, Naik & Zatloukal, "e
 Train-time Weight Clustering for Large Language Models", 2023, on DKM (Cho et al., 2022). Weights and centroids are
 learnt together; at the end each weight takes its nearest centroid. Weights of equal 16-bit values share a row of the
 attention, forward and backward, so that a layer keeps an index of 2 bytes per weight and a small table.
-Scales per group, and a temperature in units of the centroids' distances, are ours.
+Scales per group, and a temperature in units of the centroids' distances, are ours. What is packed at the end, and how
+fast that is, is `quantize.codebook`. A tied head trains with its embedding, on one weight.
 
 Measured: `lilliput reproduce edkm`.
 """
@@ -29,7 +30,8 @@ from lilliput.method import (
     knob,
 )
 from lilliput.methods.quantize._dkm import DKMLinear
-from lilliput.methods.quantize._kernel_linear import replace_, untied
+from lilliput.methods.quantize._kernel_linear import replace_
+from lilliput.methods.quantize._packed import quantizable
 from lilliput.methods.quantize.codebook import whole_pieces
 from lilliput.training import train
 from lilliput.workload import Workload, need_workload
@@ -60,7 +62,7 @@ class Dkm(Method):
     paper: ClassVar[str] = "edkm"
 
     def targets(self, model: nn.Module) -> Iterator[str]:
-        yield from untied(model)
+        yield from quantizable(model)
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         workload = need_workload(workload, self.name(), "to train on")

@@ -2,8 +2,7 @@
 
 All of them run on our packed kernels, which read the weights as they are stored: the integer product, or sums of
 activations looked up in tables (T-MAC, arXiv 2407.00088). For one token the lookup is the faster one at 3 and 2 bits,
-for 4 bits only beyond the L2 cache; for many tokens on AVX-512 the integer product is. The native decoder has the
-integer product only: a Llama with a layer of lookups runs there on the slower reference.
+for 4 bits only beyond the L2 cache; for many tokens on AVX-512 the integer product is.
 Measured: results/kernels.csv, results/lookup.csv.
 """
 

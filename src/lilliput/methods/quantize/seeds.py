@@ -21,8 +21,49 @@ from lilliput.errors import UserError
 from lilliput.kernels import seed_linear as kernel
 from lilliput.kernels.native_weights import NativeWeights
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, LAYER_SHAPES, OUTPUT_SHAPE, PACKED_WEIGHTS, Facts, Method, knob
-from lilliput.methods.quantize._kernel_linear import KernelLinear, replace_, untied
+from lilliput.methods.quantize._kernel_linear import KernelEmbedding, KernelLinear, replace_
+from lilliput.methods.quantize._packed import quantizable
 from lilliput.workload import Workload
+
+
+def check_layout(bits: int, offset: int) -> None:
+    """Raises UserError for bits or an offset of the exponents that the kernel does not take."""
+    if bits not in kernel.SHAPES:
+        raise UserError(f"bits is {bits}; choose one of {', '.join(map(str, kernel.SHAPES))}")
+    if not kernel.OFFSETS[0] <= offset <= kernel.OFFSETS[1]:
+        raise UserError(f"the offset of the exponents is {offset}; give one within {kernel.OFFSETS}")
+
+
+class SeedEmbedding(KernelEmbedding):
+    """An embedding that makes its rows from the seeds of a head."""
+
+    codes: Tensor
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        offset: int,
+        factor: float = 1.0,
+        dtype: str = "float32",
+    ):
+        super().__init__(num_embeddings, embedding_dim, factor, dtype)
+        check_layout(bits, offset)
+        self.bits, self.offset = bits, offset
+        size = kernel.code_bytes(num_embeddings, embedding_dim, bits)
+        self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8))
+
+    def rebuild_config(self) -> dict[str, Any]:
+        """Arguments of the constructor."""
+        return super().rebuild_config() | {"bits": self.bits, "offset": self.offset}
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return kernel.looked_up(ids, self.codes, self.embedding_dim, self.bits, self.offset)
+
+    def dequantized(self) -> Tensor:
+        """The weights to the bit as the head multiplies with them."""
+        return kernel.dequantized(self.codes, self.num_embeddings, self.embedding_dim, self.bits, self.offset)
 
 
 class SeedLinear(KernelLinear):
@@ -32,14 +73,12 @@ class SeedLinear(KernelLinear):
     """
 
     compute_dtype = "fp32"
+    embedding_class = SeedEmbedding
     codes: Tensor
 
     def __init__(self, in_features: int, out_features: int, bits: int, offset: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
-        if bits not in kernel.SHAPES:
-            raise UserError(f"bits is {bits}; choose one of {', '.join(map(str, kernel.SHAPES))}")
-        if not kernel.OFFSETS[0] <= offset <= kernel.OFFSETS[1]:
-            raise UserError(f"the offset of the exponents is {offset}; give one within {kernel.OFFSETS}")
+        check_layout(bits, offset)
         self.bits, self.offset = bits, offset
         size = kernel.code_bytes(out_features, in_features, bits)
         self.register_buffer("codes", torch.zeros(size, dtype=torch.uint8))
@@ -55,16 +94,10 @@ class SeedLinear(KernelLinear):
 
     def rebuild_config(self) -> dict[str, Any]:
         """Arguments of the constructor."""
-        shape = {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
-        return shape | {"bits": self.bits, "offset": self.offset}
+        return super().rebuild_config() | {"bits": self.bits, "offset": self.offset}
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}"
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes the weights take in memory and on disk."""
-        return self.codes.nbytes
 
     def multiply(self, rows: Tensor) -> Tensor:
         return kernel.seed_linear(rows, self.codes, self.out_features, self.bits, self.offset)
@@ -96,7 +129,7 @@ class Seeds(Method):
     paper: ClassVar[str] = "seedlm"
 
     def targets(self, model: nn.Module) -> Iterator[str]:
-        yield from untied(model)
+        yield from quantizable(model)
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         return replace_(
