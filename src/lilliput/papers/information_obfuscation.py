@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -15,6 +14,7 @@ from lilliput.methods.guard._wire import Code, Remote, serving
 from lilliput.methods.guard.information_obfuscation import FIXED, SAMPLE, InformationObfuscation, Obfuscated
 from lilliput.metrics.latency import measure
 from lilliput.paper import Evidence, Paper, Row
+from lilliput.papers._by_seed import BySeed
 from lilliput.papers._healed import clearly, said
 from lilliput.papers._leakage import (
     Part,
@@ -111,13 +111,13 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     more than two standard errors over seeds.
     """
     effort = FULL if full else DEFAULT
-    found: dict[str, dict[str, list[float]]] = {}
+    found = BySeed()
     for s in range(effort.seeds):
         compare(found, effort, 1000 * seed + s)
     return evidence(found, sockets(effort, 1000 * seed), effort, seed)
 
 
-def compare(found: dict[str, dict[str, list[float]]], effort: Effort, seed: int) -> None:
+def compare(found: BySeed, effort: Effort, seed: int) -> None:
     """Every contender of one seed, attacked."""
     parts = marked_parts(effort, seed)
     net, work = victim(parts, effort, seed)
@@ -133,8 +133,7 @@ def compare(found: dict[str, dict[str, list[float]]], effort: Effort, seed: int)
         figures["pixels_explained_percent"] = explained_percent(sender, seen, test)
         if name == OURS:
             figures["digit_inferred_naively_percent"] = naive_percent(guarded, sender, seen, test, effort, seed)
-        for key, value in figures.items():
-            found.setdefault(name, {}).setdefault(key, []).append(value)
+        found.note(name, figures)
 
 
 # --- the model and its data --------------------------------------------------------------------------------------
@@ -305,41 +304,28 @@ def asked(remote: Remote, x: Tensor, seconds: float) -> dict[str, float]:
 # --- the verdict -------------------------------------------------------------------------------------------------
 
 
-def evidence(
-    found: dict[str, dict[str, list[float]]], times: dict[str, dict[str, float]], effort: Effort, seed: int
-) -> Evidence:
+def evidence(found: BySeed, times: dict[str, dict[str, float]], effort: Effort, seed: int) -> Evidence:
     """Rows, and the rule of `experiment`."""
     key, task = f"{DIGIT}_inferred_percent", "task_accuracy_percent"
-    gains = {name: gain(found[name][key], found[OURS][key]) for name in RIVALS}
-    lost = statistics.fmean(found[RAW][task]) - statistics.fmean(found[OURS][task])
-    rows = [
-        Row(name, {k: statistics.fmean(v) for k, v in one.items()}, {k: deviation(v) for k, v in one.items()})
-        for name, one in found.items()
-    ]
+    gains = {name: found.more(name, OURS, key) for name in RIVALS}
+    lost = found.mean(RAW, task) - found.mean(OURS, task)
     sent = {name: one["sent_bytes"] for name, one in times.items() if "sent_bytes" in one}
     return Evidence(
         setup=f"10,000 digits of MNIST, half with a white corner; two convolutions on the device, two linear layers "
         f"(1568-64-2) on the server, {effort.pictures} pictures and {effort.steps} steps; adversaries with 0, 1 and 2 "
         f"hidden layers on {effort.pictures} other pictures, {effort.attack_steps} steps; {effort.test_pictures} test "
         f"pictures, {effort.seeds} seeds from {1000 * seed}; {torch.get_num_threads()} threads, CPU, loopback socket",
-        rows=rows + [Row(name, values) for name, values in times.items()],
-        holds=lost <= TOLERATED and all(clearly(g) for g in gains.values()),
-        figure=f"digit named for {statistics.fmean(found[OURS][key]):.0f} % (all features "
-        f"{statistics.fmean(found[RAW][key]):.0f} %, chance given the answer 20 %) at {lost:.1f} points of accuracy; "
-        f"points less than {', '.join(f'{name} {said(g, 1)}' for name, g in gains.items())}; "
+        rows=found.rows() + [Row(name, values) for name, values in times.items()],
+        holds=judge(lost, gains),
+        figure=f"digit named for {found.mean(OURS, key):.0f} % (all features {found.mean(RAW, key):.0f} %, chance given "
+        f"the answer 20 %) at {lost:.1f} points of accuracy; points less than "
+        f"{', '.join(f'{name} {said(g, 1)}' for name, g in gains.items())}; "
         f"{' and '.join(f'{b:.0f} bytes ({name})' for name, b in sent.items())}",
         limits="One small network, one task and digits as what shall stay private; the code holds what the task needs "
         "and all that goes with it, without any bound. The loopback has no radio. The trained rival is linear.",
     )
 
 
-def gain(rival: list[float], ours: list[float]) -> tuple[float, float]:
-    """Points by which the adversary does worse with ours: mean over seeds and its standard error."""
-    gains = [a - b for a, b in zip(rival, ours)]
-    error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("inf")
-    return statistics.fmean(gains), error
-
-
-def deviation(values: list[float]) -> float:
-    """Standard deviation; 0 of a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def judge(lost_points: float, gains: dict[str, tuple[float, float]]) -> bool:
+    """The rule of `experiment`; gains are (points by which adversaries do better with a rival, standard error)."""
+    return lost_points <= TOLERATED and all(clearly(gain) for gain in gains.values())

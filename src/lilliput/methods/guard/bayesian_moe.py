@@ -4,9 +4,10 @@
 
 Paper: Dialameh, Rajabzadeh, Zhang, Ahmed and Kwon, Bayesian Mixture of Experts For Large Language Models, 2025 (arXiv
 2511.08968). Nothing is trained: curvature is taken over the training data, with labels as the model itself would draw
-them, and the prior's precision tau maximises the evidence (or the likelihood of validation labels). The router and all other weights stay as they are, without uncertainty. Reconstructed: the prior is around 0
-with one precision for all experts, and the factor of the inputs may be kept to `rank` directions. It is made anew for
-each process: nothing is saved with the model.
+them, and the prior's precision tau maximises the evidence (or the likelihood of validation labels). The router and all
+other weights stay as they are, without uncertainty. Reconstructed: the prior is around 0 with one precision for all
+experts, and the factor of the inputs may be kept to `rank` directions. It is made anew for each process: nothing is
+saved with the model.
 
     guarded = BayesianMoe().wrap(model, workload)      log_probabilities = guarded(x)
     guarded = BayesianMoe().wrap(AnswerTokens(language_model, [317, 402]), workload)
@@ -122,8 +123,8 @@ class BayesianMoe(Guard):
                 raise UserError(f"BayesianMoe.{name} is {value!r}; give a whole number")
         if workload.kind != "classifier":
             raise UserError(
-                f"{NAME} needs a classifier's workload, {workload.name!r} is {workload.kind}; give one of token ids and "
-                "labels with AnswerTokens(model, tokens) as its model"
+                f"{NAME} needs a classifier's workload, {workload.name!r} is {workload.kind}; give one of token ids "
+                "and labels with AnswerTokens(model, tokens) as its model"
             )
         sites = sites_of(model, NAME, self.blocks)
         sums = [[Sums(w.shape[1], w.shape[0]) for w in site.weights] for site in sites]
