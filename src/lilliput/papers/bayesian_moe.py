@@ -16,7 +16,7 @@ from lilliput.methods.guard.bayesian_moe import VALIDATION, AnswerTokens, Bayesi
 from lilliput.metrics.intervals import ranking_area
 from lilliput.metrics.latency import measure
 from lilliput.metrics.quality import calibration_error
-from lilliput.paper import Evidence, Paper, Row
+from lilliput.paper import Evidence, Paper
 from lilliput.papers._by_seed import BySeed
 from lilliput.papers._eras import Eras, answer_tokens, eras
 from lilliput.papers._healed import clearly, close, said

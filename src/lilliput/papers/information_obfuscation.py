@@ -317,8 +317,8 @@ def evidence(found: BySeed, times: dict[str, dict[str, float]], effort: Effort, 
         f"pictures, {effort.seeds} seeds from {1000 * seed}; {torch.get_num_threads()} threads, CPU, loopback socket",
         rows=found.rows() + [Row(name, values) for name, values in times.items()],
         holds=judge(lost, gains),
-        figure=f"digit named for {found.mean(OURS, key):.0f} % (all features {found.mean(RAW, key):.0f} %, chance given "
-        f"the answer 20 %) at {lost:.1f} points of accuracy; points less than "
+        figure=f"digit named for {found.mean(OURS, key):.0f} % (all features {found.mean(RAW, key):.0f} %, by chance, "
+        f"given the answer, 20 %) at {lost:.1f} points of accuracy; points less than "
         f"{', '.join(f'{name} {said(g, 1)}' for name, g in gains.items())}; "
         f"{' and '.join(f'{b:.0f} bytes ({name})' for name, b in sent.items())}",
         limits="One small network, one task and digits as what shall stay private; the code holds what the task needs "
