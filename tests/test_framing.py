@@ -66,7 +66,7 @@ def test_a_peer_that_stops_talking_is_not_waited_for(pair, sent):
     a, b = pair
     a.sendall(sent)
     start = time.monotonic()
-    with pytest.raises(FrameError, match="within 0.2 s"):
+    with pytest.raises(FrameError, match=r"within 0\.2 s"):
         receive_frame(b, timeout_s=0.2)
     assert time.monotonic() - start < 5
 
@@ -83,7 +83,7 @@ def test_dripping_bytes_do_not_prolong_the_limit(pair):
     thread = threading.Thread(target=drip)
     thread.start()
     try:
-        with pytest.raises(FrameError, match="within 0.4 s"):
+        with pytest.raises(FrameError, match=r"within 0\.4 s"):
             receive_frame(b, timeout_s=0.4)
     finally:
         stop.set()
@@ -110,8 +110,7 @@ def test_a_broken_connection_is_named(pair):
     a, b = pair
     b.close()
     with pytest.raises(FrameError, match="broke"):
-        for _ in range(3):
-            send_frame(a, b"x")
+        send_frame(a, b"x")
 
 
 def test_the_sockets_own_limit_is_back_afterwards(pair):

@@ -255,6 +255,4 @@ def test_contenders_answer_the_same_texts(tiny_llama):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     first = made[bayesian_moe.DROPOUT](data.test[0])
     assert torch.equal(made[bayesian_moe.DROPOUT](data.test[0]), first)
-    assert torch.allclose(
-        made[bayesian_moe.ENSEMBLE](data.test[0]), made[bayesian_moe.POINT](data.test[0]), atol=1e-5
-    )
+    assert torch.allclose(made[bayesian_moe.ENSEMBLE](data.test[0]), made[bayesian_moe.POINT](data.test[0]), atol=1e-5)

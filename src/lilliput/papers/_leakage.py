@@ -6,6 +6,7 @@ every batch that it sees.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -149,7 +150,7 @@ def learned(
     mean, scale = sample.mean(0), sample.std(0).clamp_min(1e-6)
     labels = seen.private[attribute]
     sizes = (sample.shape[1], *hidden, int(labels.max()) + 1)
-    layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.ReLU(), nn.Linear(a, b))][1:]
+    layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.ReLU(), nn.Linear(a, b))][1:]
     net = nn.Sequential(*layers)
 
     def loss(model: nn.Module, pick: Tensor) -> Tensor:

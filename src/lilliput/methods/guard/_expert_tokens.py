@@ -98,9 +98,7 @@ def _catching(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, _Ca
             handle.remove()
 
 
-def seen_tokens(
-    model: nn.Module, sites: Sequence[Site], call: Callable[[], Tensor]
-) -> tuple[Tensor, list[Tokens]]:
+def seen_tokens(model: nn.Module, sites: Sequence[Site], call: Callable[[], Tensor]) -> tuple[Tensor, list[Tokens]]:
     """Logits (B, C) of a call of the model, and the tokens of every expert on which they depend."""
     with torch.inference_mode(False), torch.enable_grad():
         with _catching(model, sites) as caught:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
 from lilliput.method import LABELLED, OUTPUT_SHAPE, Facts, Guard, knob
-from lilliput.methods.guard._expert_tokens import Site, Tokens, seen_tokens, sites_of
+from lilliput.methods.guard._expert_tokens import Site, seen_tokens, sites_of
 from lilliput.methods.guard._kronecker import Factors, Sums
 from lilliput.workload import Workload
 
