@@ -206,6 +206,18 @@ class Decoder(Settings):
 
 
 @dataclass(frozen=True)
+class Guard(Settings):
+    """Stands around a model at run time: what it gives is called as the model is, and answers in its place."""
+
+    facts: ClassVar[Facts]
+    paper: ClassVar[str] = ""  # slug of the paper this implements, if any
+
+    def wrap(self, model: nn.Module, workload: Workload) -> nn.Module:
+        """The guarded model; it shares the weights of `model`. Raises UserError for a model that it does not fit."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
 class Change:
     """One quantity before and after; `low`..`high` is the interval of after - before, seen on `n` examples.
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from lilliput.method import HARM, NO_HARM, Change, Findings
 from lilliput.methods.audit.trojan_signatures import Signature
 from lilliput.papers import characterising_bias, trojan_signatures
+from lilliput.papers._planted import Checked, checked
 from lilliput.papers._small_nets import drawn, small_net, trained
 from lilliput.papers._trojans import TRIGGERS, cleanse_values, poisoned, spectral_values, success, triggered
 from lilliput.papers.trojan_signatures import OURS, Judged, Subject
@@ -168,7 +170,7 @@ TENTH = torch.arange(1000) // 10 % 10 == 0  # ten samples of each class
 EVERY = torch.ones(1000, dtype=torch.bool)
 
 
-def evidence(hard, rare, chance=0.01):
+def evidence(hard, rare, chance=0.01, audits=()):
     """Dense networks wrong on `hard` samples; pruned ones on a fifth of these, and on some of the rare class."""
     rare_class = (LABELS == characterising_bias.RARE) & ~hard
     dense = [logits(hard)] * 3
@@ -176,7 +178,7 @@ def evidence(hard, rare, chance=0.01):
     kept = hard & (torch.arange(1000) // 10 % 50 == 0)
     pruned = [logits(kept | share_of(rare_class, rare and rare + 0.01 * s, 30 + s)) for s in range(3)]
     groups = {characterising_bias.DENSE: dense, characterising_bias.AGAIN: again, "pruned to 90% zeros": pruned}
-    return characterising_bias.evidence(groups, LABELS, EFFORT, 0)
+    return characterising_bias.evidence(groups, audits, LABELS, EFFORT, 0)
 
 
 @pytest.mark.parametrize(("rare", "chance", "holds"), [(0.3, 0.01, True), (0, 0.01, False), (0.3, 0.5, False)])
@@ -188,6 +190,41 @@ def test_the_rule_of_characterising_bias(rare, chance, holds):
 
 def test_exemplars_that_were_easy_refute_it():
     assert not evidence(~EVERY, 0.3).holds
+
+
+def findings(*losses):
+    """What audits say of losses of accuracy, class by class."""
+    changes = tuple(
+        Change(f"class {c}", 0.9, 0.9 - loss, -loss, -loss, 100, HARM if loss > 0.05 else NO_HARM)
+        for c, loss in enumerate(losses)
+    )
+    verdict = HARM if any(c.verdict == HARM for c in changes) else NO_HARM
+    return Findings("audit.groups", verdict, "", changes, {"by_class": {"1": 3, "0": 1}})
+
+
+def test_a_harm_that_is_missed_or_made_up_refutes_it():
+    good = Checked(1, findings(0.01, 0.3), findings(), findings(0.01, 0.02))
+    missed = Checked(1, findings(0.3, 0.04), findings(), findings(0.01, 0.02))
+    made_up = Checked(1, findings(0.01, 0.3), findings(), findings(0.0, 0.1))
+    for audits, holds in (((good, good), True), ((good, missed), False), ((made_up, good), False)):
+        found = evidence(TENTH, 0.3, audits=audits)
+        assert found.holds is holds
+    planted, clean = found.rows[-2:]
+    assert planted.values["found_percent"] == 100
+    assert planted.values["loss_of_that_class_points"] == pytest.approx(30)
+    assert planted.values["exemplars_of_that_class_percent"] == 75
+    assert clean.values["false_alarms_percent"] == 50
+    assert clean.values["largest_loss_points"] == pytest.approx(6)
+
+
+def test_a_class_left_out_is_forgotten_and_audited(pictures, monkeypatch):
+    monkeypatch.setattr("lilliput.papers._planted.LR", 1e-2)
+    model = trained(pictures, 60, 0)
+    found = checked(model, pictures, pictures, 20, 0)
+    assert found.left_out == 1
+    assert found.loss_points > 5
+    assert {c.name for c in found.clean.changes} == {f"class {c}" for c in range(10)}
+    assert 0 <= found.exemplars_of_it_percent <= 100
 
 
 def test_the_rare_gap_is_the_rare_classs_loss_less_the_others():

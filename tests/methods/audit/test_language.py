@@ -1,6 +1,7 @@
 """Domains that a language model forgot, tokens that changed, refusals that were lost."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -52,6 +53,16 @@ def test_a_domain_that_was_forgotten_is_found(domains):
     tokens = found.change("changed tokens")
     assert 0 < tokens.low < tokens.after < tokens.high
     assert tokens.verdict == ""
+
+
+def test_the_summary_says_how_large_the_change_is(domains):
+    changed = forgetful(domains.model, torch.arange(1, 64, 2))
+    found = Language().check(domains, domains.model, changed)
+    whole, tokens = found.change("all text"), found.change("changed tokens")
+    old, new = found.details["perplexity"]["parity 1"]
+    assert f", parity 1 {old:.4g} -> {new:.4g}, parity 0 " in found.summary
+    assert f"[{math.exp(whole.low) - 1:+.1%}, {math.exp(whole.high) - 1:+.1%}] on 24 windows" in found.summary
+    assert found.summary.endswith(f"; {tokens.after:.1%} of the likeliest next tokens changed.")
 
 
 def test_changed_tokens_are_counted(domains):

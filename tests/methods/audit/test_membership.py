@@ -128,6 +128,13 @@ def test_text_is_attacked_by_its_likelihood(llama_work):
     assert found.verdict == NO_HARM
 
 
+def test_a_rate_that_so_few_cannot_show_is_said_to_be_of_so_many(llama_work):
+    found = Membership(samples=8, fewest=2, false_rate=0.1).check(llama_work, llama_work.model, llama_work.model)
+    assert found.change("rate, loss threshold").verdict == UNSURE
+    assert found.change("rate, loss threshold").n == 8
+    assert "rate, loss threshold (8 examples)" in found.summary
+
+
 def test_missing_data_is_named(learned, cnn_work):
     work = learned[0]
     cnn_work.training = None

@@ -86,8 +86,10 @@ class Membership(Audit):
         areas = [ranking_area(*scores).value for scores in (before, after)]
         yield self._change(f"area, {attack}", areas, area_change(before, after, self.level), min(sizes))
         rates = [rate(scores, every) for scores in (before, after)]
-        shown = min(sizes) if self.false_rate * sizes[1] >= 1 else 0
-        yield self._change(f"rate, {attack}", rates, drawn_interval(rise, sizes, self.level), shown)
+        shown = self.false_rate * sizes[1] >= 1  # else a single one of the others is more than that
+        fewest = self.fewest if shown else min(sizes) + 1
+        yield self._change(f"rate, {attack}", rates, drawn_interval(rise, sizes, self.level), min(sizes), fewest)
 
-    def _change(self, name: str, figures: list[float], interval: Interval, n: int) -> Change:
-        return change_of(name, *figures, interval, n, self.tolerance, higher_is_better=False, fewest=self.fewest)
+    def _change(self, name: str, figures: list[float], interval: Interval, n: int, fewest: int = 0) -> Change:
+        fewest = fewest or self.fewest
+        return change_of(name, *figures, interval, n, self.tolerance, higher_is_better=False, fewest=fewest)
