@@ -80,6 +80,10 @@ def fit(
     storage: Annotated[str | None, typer.Option(help="Database URL of the search; default SQLite in the run.")] = None,
     ray: Annotated[str | None, typer.Option(help="Run trials on Ray: 'local' or an address.")] = None,
     recover: Annotated[bool, typer.Option(help="Distil the best from the original in the time left.")] = True,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of text that memory and time are measured with; for language models.")
+    ] = None,
+    serve: Annotated[bool, typer.Option(help="Try drafts and smaller caches on the best plans.")] = True,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -109,6 +113,8 @@ def fit(
             storage=storage,
             ray=ray,
             recover=recover,
+            context=context,
+            serve=serve,
             quiet=as_json,
         )
     except AlreadyInside as inside:
@@ -144,14 +150,19 @@ def measure(
     ] = None,
     runtime: Annotated[str | None, typer.Option()] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of text to measure a language model with.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Every number of a model on this machine."""
+    """Every number of a model on this machine; of an artifact as it is served."""
     import lilliput as lp
+    from lilliput.artifact import ARCHITECTURE, serving_of
 
     workload, judged = _subject(model, data)
-    measured = lp.measure(workload, runtime=runtime, threads=threads, split="validation" if judged else None)
+    workload = workload if context is None else workload.at_context(context)
+    serving = serving_of(model) if (Path(model) / ARCHITECTURE).is_file() else None
+    split = "validation" if judged else None
+    measured = lp.measure(workload, runtime=runtime, threads=threads, split=split, serving=serving)
     if not judged:
         measured.notes.append("quality is not measured: no data of this model is known; give some with --data")
     _show(measured.to_json(), str(measured), as_json)
@@ -232,6 +243,7 @@ def generate(
     folder: Annotated[Path, typer.Argument(help="Artifact of a language model.")],
     prompt: Annotated[str, typer.Argument()],
     tokens: Annotated[int, typer.Option(min=1)] = 64,
+    plain: Annotated[bool, typer.Option("--plain", help="Without the drafts or the cache that the fit chose.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -239,7 +251,7 @@ def generate(
     from lilliput.serving import stream_text
 
     pieces = []
-    for piece in stream_text(folder, prompt, tokens):
+    for piece in stream_text(folder, prompt, tokens, plain):
         pieces.append(piece)
         if not as_json:
             print(piece, end="", flush=True)
