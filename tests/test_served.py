@@ -45,7 +45,7 @@ def test_a_prompt_that_is_held_is_not_read_again(llama_work, packed):
     lean = session(llama_work, packed)
     first = list(lean.generate(ids(20), 5))
     asked = []
-    lean.decoder = lambda row, cache, own=lean.decoder: asked.append(len(row)) or own(row, cache)
+    lean.decoder = lambda row, *rest, own=lean.decoder, **o: asked.append(len(row)) or own(row, *rest, **o)
     assert list(lean.generate(ids(20), 5, reuse=True)) == first
     assert asked == [1] * 5
     assert list(lean.generate(ids(20), 5)) == first
@@ -123,7 +123,7 @@ def test_sessions_are_compared_behind_a_prompt_that_one_holds(llama_work):
     work = llama_work.at_context(128)
     plain = session(work, work.model)
     asked = []
-    plain.decoder = lambda row, cache, own=plain.decoder: asked.append(len(row)) or own(row, cache)
+    plain.decoder = lambda row, *rest, own=plain.decoder, **o: asked.append(len(row)) or own(row, *rest, **o)
     for _ in range(2):
         found, first_ms = compare_behind(work, plain, session(work, work.model, Sliding(budget=16)), rounds=6)
         assert found.rounds == 6

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lilliput.artifact import save
+from lilliput.artifact import load, save
 from lilliput.budget import Budget, format_quantity
 from lilliput.device import Device
 from lilliput.errors import UserError
@@ -33,7 +33,6 @@ from lilliput.fitting.spaces import build_space, rivals
 from lilliput.fitting.verify import prove, verify
 from lilliput.measuring import Measured, measure, model_times, pick_runtime
 from lilliput.plan import Plan, read_serving
-from lilliput.serving import load
 from lilliput.workload import Workload
 
 DEFAULT_BUDGET = "memory<=50%, time_per_token<=50%"

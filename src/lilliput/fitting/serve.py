@@ -25,6 +25,7 @@ from lilliput.fitting.policies import full_cache, late_nats, long_texts, mean_an
 from lilliput.fitting.recover import all_cores
 from lilliput.measuring import compare_behind, compare_drafting, fresh_process_memory
 from lilliput.method import Decoder
+from lilliput.methods.cache._cache import head_width
 from lilliput.methods.cache.h2o import H2O
 from lilliput.methods.cache.low_bit import LowBit
 from lilliput.methods.cache.roco import RoCo
@@ -129,7 +130,8 @@ class Trial:
             return
         for bits in BITS:
             policy = LowBit(bits=bits)
-            if self._rest + low_bit_share(policy, self.context) * self.token_bytes * self.context <= limit:
+            share = low_bit_share(policy, self.context, head_width(self.job.workload.model))
+            if self._rest + share * self.cache_bytes <= limit:
                 yield policy
                 if rows[-1].get("measured", {}).get("memory_bytes", limit + 1) <= limit:
                     return
@@ -242,13 +244,13 @@ class Trial:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the plain cache, as much of it as is made; dropped blocks count, which errs to the safe side."""
-        return self.job.reference.cache_bytes
+        """Of the plain cache for the context; dropped blocks count, which errs to the safe side."""
+        return round(self.token_bytes * self.context)
 
     @property
     def token_bytes(self) -> float:
         """Of the keys and values of one token."""
-        return self.cache_bytes / self.job.reference.max_length
+        return self.job.reference.cache_bytes / self.job.reference.max_length
 
     @property
     def _rest(self) -> float:
@@ -256,10 +258,11 @@ class Trial:
         return self.candidate["measured"]["memory_bytes"] - self.cache_bytes
 
 
-def low_bit_share(policy: LowBit, tokens: int) -> float:
-    """Bytes of a low-bit cache as a share of one in float32."""
+def low_bit_share(policy: LowBit, tokens: int, width: int) -> float:
+    """Bytes of a low-bit cache as a share of one in float32, with heads of `width`: 4 bytes for the grid of a group."""
     kept = min(tokens, policy.residual + policy.group - 1) / tokens
-    return kept + (1 - kept) * (policy.bits / 8 + 4 / policy.group) / 4
+    grids = 4 * (1 / policy.group + 1 / min(policy.group, width)) / 2
+    return kept + (1 - kept) * (policy.bits / 8 + grids) / 4
 
 
 def _interval(gain: Comparison) -> dict[str, float]:

@@ -274,7 +274,7 @@ def _served(record: Record, row: Record, keys: list[str]) -> dict[str, Any]:
         "costs": [
             {
                 "value": words.show(k, measured.get(k)),
-                "over": k in record["limits"] and not words.met({k: record["limits"][k]}, measured),
+                "over": k in record["limits"] and k in measured and not words.met({k: record["limits"][k]}, measured),
             }
             for k in keys
         ],
