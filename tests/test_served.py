@@ -1,4 +1,4 @@
-"""Sessions that serve with drafts or a policy's cache: the text of plain decoding, or of transformers with that cache."""
+"""Sessions that serve with drafts or a policy's cache: the text of plain decoding, or that of transformers."""
 
 import pytest
 import torch

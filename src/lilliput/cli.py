@@ -21,7 +21,7 @@ app = typer.Typer(
 zoo_app = typer.Typer(help="Models and data that are known by name.", invoke_without_command=True)
 app.add_typer(zoo_app, name="zoo")
 
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL, DEFAULT_BUDGET = "smollm2-135m", "memory<=50%, time_per_token<=50%"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -61,9 +61,7 @@ def _plain(data: Any) -> Any:
 @app.command()
 def fit(
     model: Annotated[str, typer.Argument(help="Zoo name, Hugging Face directory or GGUF file.")] = DEFAULT_MODEL,
-    budget: Annotated[str, typer.Option(help="Limits, e.g. 'memory<=300MB, time_per_token<=15ms'.")] = (
-        "memory<=50%, time_per_token<=50%"
-    ),
+    budget: Annotated[str, typer.Option(help="Limits, e.g. 'memory<=300MB, time_per_token<=15ms'.")] = DEFAULT_BUDGET,
     time_limit: Annotated[str, typer.Option(help="For the whole fit: 10m, 90s, 1h.")] = "8m",
     data: Annotated[Path | None, typer.Option(help="Your text: a .txt file or a folder of them.")] = None,
     device: Annotated[
@@ -80,9 +78,7 @@ def fit(
     storage: Annotated[str | None, typer.Option(help="Database URL of the search; default SQLite in the run.")] = None,
     ray: Annotated[str | None, typer.Option(help="Run trials on Ray: 'local' or an address.")] = None,
     recover: Annotated[bool, typer.Option(help="Distil the best from the original in the time left.")] = True,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of text that memory and time are measured with; for language models.")
-    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of text to measure a language model with.")] = None,
     serve: Annotated[bool, typer.Option(help="Try drafts and smaller caches on the best plans.")] = True,
     as_json: Json = False,
     debug: Debug = False,
@@ -122,8 +118,7 @@ def fit(
         return
     where = f"report   {fitted.folder / 'report.html'}\nartifact {fitted.folder / 'fitted'}"
     _show(fitted.record, f"{fitted.summary()}\n{where}", as_json)
-    if not fitted.met:
-        raise typer.Exit(1)
+    raise typer.Exit(0 if fitted.met else 1)
 
 
 def parse_minutes(text: str) -> float:

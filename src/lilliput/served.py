@@ -57,7 +57,7 @@ def label(setting: Setting) -> str:
 
 
 class Drafting(Session):
-    """The texts of a session of `runtimes.lean`, in fewer passes: a decoder's drafts, checked where that would write."""
+    """The texts of a session of `runtimes.lean`, in fewer passes: what a decoder drafts is checked there."""
 
     def __init__(self, plain: Any, decoder: Any):
         self.plain, self.decoder = plain, decoder

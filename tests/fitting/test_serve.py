@@ -24,7 +24,8 @@ from lilliput.serving import Served
 from lilliput.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAST = {"minutes": 0.05, "trials": 20, "threads": 1, "recover": False, "rivals": False, "quiet": True}
+FAST = {"minutes": 0.01, "trials": 20, "threads": 1, "recover": False, "rivals": False, "quiet": True}
+BITS = FAST | {"families": ("quantize",)}  # a dropped block would take its keys and values with it
 CONTEXT = 1024
 
 
@@ -75,7 +76,7 @@ def drafts(monkeypatch):
 
 
 def test_a_cache_in_fewer_bits_meets_a_limit_that_weights_alone_cannot(long_work, counted, tmp_path):
-    fitted = lp.fit(long_work, "memory<=60%", context=CONTEXT, out=tmp_path / "run", **FAST)
+    fitted = lp.fit(long_work, "memory<=60%", context=CONTEXT, out=tmp_path / "run", **BITS)
     record, folder = fitted.record, tmp_path / "run"
     assert fitted.met, fitted.summary()
     assert "served with cache.low_bit" in fitted.summary()
@@ -100,20 +101,30 @@ def test_a_cache_in_fewer_bits_meets_a_limit_that_weights_alone_cannot(long_work
 
 
 def test_what_was_tried_is_not_tried_again(long_work, counted, tmp_path):
-    first = lp.fit(long_work, "memory<=60%", context=CONTEXT, out=tmp_path / "run", **FAST)
+    first = lp.fit(long_work, "memory<=60%", context=CONTEXT, out=tmp_path / "run", **BITS)
     steps = {path.name: path.read_bytes() for path in (tmp_path / "run" / "serving").iterdir()}
     assert steps
     (tmp_path / "run" / "record.json").unlink()
-    lp.fit(long_work, "memory<=60%", context=CONTEXT, out=tmp_path / "run", resume=True, **FAST)
+    lp.fit(long_work, "memory<=60%", context=CONTEXT, out=tmp_path / "run", resume=True, **BITS)
     after = {path.name: path.read_bytes() for path in (tmp_path / "run" / "serving").iterdir()}
     assert steps.items() <= after.items()
     assert first.met
     with pytest.raises(lp.UserError, match="context"):
-        lp.fit(long_work, "memory<=60%", context=CONTEXT - 1, out=tmp_path / "run", resume=True, **FAST)
+        lp.fit(long_work, "memory<=60%", context=CONTEXT - 1, out=tmp_path / "run", resume=True, **BITS)
+
+
+def test_dropped_blocks_take_their_keys_and_values_with_them(long_work, counted, tmp_path):
+    fitted = lp.fit(long_work, "memory<=60%", context=CONTEXT, serve=False, out=tmp_path / "run", **FAST)
+    (best,) = (c for c in fitted.record["candidates"] if c["number"] == fitted.record["chosen"])
+    assert fitted.met
+    assert "drop" in best["labels"].values()
+    assert best["measured"]["memory_bytes"] == pytest.approx(
+        fitted.record["verify"]["measured"]["memory_bytes"], rel=0.1
+    )
 
 
 def test_without_serving_the_weights_alone_are_judged(long_work, counted, tmp_path):
-    fitted = lp.fit(long_work, "memory<=60%", context=CONTEXT, serve=False, out=tmp_path / "run", **FAST)
+    fitted = lp.fit(long_work, "memory<=60%", context=CONTEXT, serve=False, out=tmp_path / "run", **BITS)
     assert not fitted.met
     assert fitted.record["serving"] == {"rows": [], "chosen": None, "label": "plain"}
     assert counted
@@ -121,7 +132,7 @@ def test_without_serving_the_weights_alone_are_judged(long_work, counted, tmp_pa
 
 
 @pytest.mark.parametrize(("ratio", "taken"), [(2.0, True), (1.02, False), (0.7, False)])
-def test_drafts_are_taken_when_they_are_faster(llama_work, drafts, tmp_path, ratio, taken):
+def test_drafts_are_taken_when_they_are_faster(llama_work, drafts, counted, tmp_path, ratio, taken):
     drafts(ratio)
     fitted = lp.fit(llama_work, "size<=60%, time_per_token<=10000%", out=tmp_path / "run", **FAST)
     plain, row = fitted.record["serving"]["rows"]
@@ -133,7 +144,7 @@ def test_drafts_are_taken_when_they_are_faster(llama_work, drafts, tmp_path, rat
     assert fitted.record["verify"]["drop"] == pytest.approx(fitted.record["verify"]["measured"]["drop"])
 
 
-def test_a_record_of_before_there_was_serving_still_makes_a_report(llama_work, tmp_path):
+def test_a_record_of_before_there_was_serving_still_makes_a_report(llama_work, counted, tmp_path):
     fitted = lp.fit(llama_work, "size<=60%", out=tmp_path / "run", **FAST)
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["serving"]["rows"] == []

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lilliput.anatomy import anatomy
 from lilliput.artifact import save
 from lilliput.device import Device
 from lilliput.fitting.judge import Judge
@@ -67,9 +68,7 @@ class Bench:
             values |= {k: costs[k] for k in self.modelled if k in costs}
         return values
 
-    def speed(
-        self, model: nn.Module, rounds: int = 6, setting: Setting = None
-    ) -> tuple[dict[str, float], Comparison]:
+    def speed(self, model: nn.Module, rounds: int = 6, setting: Setting = None) -> tuple[dict[str, float], Comparison]:
         """Times of a model, as it is served, and how much faster than the original it is.
 
         Both are timed in turn, and the model's time is the original's, as measured at first, over that ratio: a machine
@@ -92,8 +91,13 @@ class Bench:
         return result.values, comparison
 
     def _memory(self, model: nn.Module) -> float:
-        """The original's peak in a fresh process less the bytes of weights saved."""
-        return self.original["memory_bytes"] - (weight_bytes(self.workload.model) - weight_bytes(model))
+        """The original's peak in a fresh process less the bytes of weights saved, and with a context less the keys and
+        values of dropped blocks."""
+        saved = weight_bytes(self.workload.model) - weight_bytes(model)
+        if self.reference is not None:
+            blocks, left = (len(anatomy(m).blocks) for m in (self.workload.model, model))
+            saved += self.reference.cache_bytes * (blocks - left) / blocks
+        return self.original["memory_bytes"] - saved
 
     def memory_offset_of(self, model: nn.Module) -> float:
         """What a fresh process that loads and runs `model` takes beyond the estimate."""

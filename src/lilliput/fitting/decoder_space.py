@@ -63,6 +63,7 @@ class DecoderSpace(Space):
     table: Any = None  # LatencyTable or ModelledTable: .ms(format, shape)
     overhead_ms: float = 0.0  # of a token, outside linear layers, per block
     fixed_bytes: float = 0.0  # memory that no choice changes
+    cache_bytes: float = 0.0  # of a block's keys and values, where a context is measured
     blocks: tuple[str, ...] = ()
     block_list: str = ""
     scale_ms: float = 1.0
@@ -117,7 +118,10 @@ class DecoderSpace(Space):
             layer_ms, size, label = self.layer_cost(index, genome)
             ms[label] = ms.get(label, 0.0) + layer_ms
             weights[label] = weights.get(label, 0.0) + size
-        return {"token_ms": ms, "memory_bytes": weights | {"fixed": self.fixed_bytes}, "size_bytes": weights}
+        memory = weights | {"fixed": self.fixed_bytes}
+        if self.cache_bytes:
+            memory["cache"] = self.cache_bytes * (len(self.blocks) - dropped)
+        return {"token_ms": ms, "memory_bytes": memory, "size_bytes": weights}
 
     def layer_ms(self, genome: Genome, factors: Mapping[str, float]) -> dict[str, float]:
         """Milliseconds of a token in each block and in the head, corrected by `factors` of the parts of token_ms."""
@@ -184,8 +188,10 @@ def decoder_space(
     threads: int,
     device: Device,
     progress: Callable[[str], None] = lambda text: None,
+    cache_bytes: float = 0.0,
 ) -> DecoderSpace:
-    """Units, damages and costs of a decoder whose original needs `token_ms` and `memory_bytes`."""
+    """Units, damages and costs of a decoder whose original needs `token_ms` and `memory_bytes`, of these `cache_bytes`
+    for the keys and values of a context."""
     model = workload.model
     parts = anatomy(model)
     formats = FORMATS if "quantize" in families else {FLOAT: None}
@@ -194,6 +200,7 @@ def decoder_space(
         rivals={f"{x} everywhere": {"*": x} for x in UNIFORM},
         blocks=tuple(b.name for b in parts.blocks),
         block_list=parts.block_list,
+        cache_bytes=cache_bytes / len(parts.blocks),
     )
     for block in parts.blocks:
         _add_block(space, model, block, formats, families)

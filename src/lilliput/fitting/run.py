@@ -154,6 +154,7 @@ class Job:
             self.device,
             self.runtime,
             self.progress.say,
+            self.reference.cache_bytes if self.reference is not None else 0.0,
         )
         self.timed |= self.space.timed
         self.predictor = Predictor(self.space, timed=self.timed)

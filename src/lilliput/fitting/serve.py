@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lilliput.anatomy import anatomy
 from lilliput.artifact import save, write_serving
 from lilliput.errors import UserError
 from lilliput.fitting.build import key_of
@@ -31,6 +32,7 @@ from lilliput.methods.cache.low_bit import LowBit
 from lilliput.methods.cache.roco import RoCo
 from lilliput.methods.cache.sliding import Sliding
 from lilliput.methods.decode.ngram import Ngram
+from lilliput.methods.prune.depth import Depth
 from lilliput.metrics.latency import Comparison
 from lilliput.plan import Plan, serving_entry
 from lilliput.served import Drafting, Setting, attention_as_before, label, prepare
@@ -244,13 +246,17 @@ class Trial:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the plain cache for the context; dropped blocks count, which errs to the safe side."""
+        """Of the plain cache for the context."""
         return round(self.token_bytes * self.context)
 
-    @property
+    @cached_property
     def token_bytes(self) -> float:
-        """Of the keys and values of one token."""
-        return self.job.reference.cache_bytes / self.job.reference.max_length
+        """Of the keys and values of one token, in the blocks that the plan leaves."""
+        steps = Plan.from_yaml(self.candidate["plan"]).steps
+        dropped = sum(len(step.layers or ()) for step in steps if isinstance(step.method, Depth))
+        whole = self.job.reference.cache_bytes / self.job.reference.max_length
+        blocks = len(anatomy(self.job.workload.model).blocks)
+        return whole * (blocks - dropped) / blocks
 
     @property
     def _rest(self) -> float:

@@ -291,8 +291,8 @@ def _policy(found: Record | None) -> str:
         return ""
     error = f" ± {words.number(found['error'], 2)}" if words.finite(found["error"]) else ""
     return (
-        f"The cache policy adds {words.number(found['nats'], 3)}{error} nats per token at the end of {found['texts']} test "
-        f"texts of {found['tokens']} tokens; perplexity and drop count it."
+        f"The cache policy adds {words.number(found['nats'], 3)}{error} nats per token at the end of {found['texts']} "
+        f"test texts of {found['tokens']} tokens; perplexity and drop count it."
     )
 
 
