@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lilliput.artifact import ARCHITECTURE, WEIGHTS, load, save
+from lilliput.artifact import ARCHITECTURE, WEIGHTS, load, save, serving_of, write_serving
 from lilliput.edits import build_module, describe, replay
 from lilliput.errors import UserError
+from lilliput.methods.cache.sliding import Sliding
 from lilliput.methods.quantize.group import Group
 from lilliput.methods.quantize.int8 import Int8
 from lilliput.plan import Plan, Step
@@ -31,6 +32,19 @@ def test_quantized_llama_reloads_to_the_bit(method, llama_work, tmp_path):
     assert torch.equal(logits(again, llama_work), before)
     assert Plan.load(tmp_path / "fitted" / "plan.yaml") == plan
     assert not torch.equal(before, logits(llama_work.model, llama_work))
+
+
+def test_an_artifact_says_how_it_is_served(llama_work, tmp_path):
+    save(llama_work.model, tmp_path / "a", llama_work, Plan(serving=Sliding(budget=32)))
+    assert serving_of(tmp_path / "a") == Sliding(budget=32)
+    assert Plan.load(tmp_path / "a" / "plan.yaml").serving == Sliding(budget=32)
+    write_serving(tmp_path / "a", None)
+    assert serving_of(tmp_path / "a") is None
+    architecture = json.loads((tmp_path / "a" / ARCHITECTURE).read_text())
+    del architecture["serving"]  # as artifacts were before
+    (tmp_path / "a" / ARCHITECTURE).write_text(json.dumps(architecture))
+    assert serving_of(tmp_path / "a") is None
+    assert torch.equal(logits(load(tmp_path / "a"), llama_work), logits(llama_work.model, llama_work))
 
 
 def test_tied_head_is_stored_once(llama_work, tmp_path):

@@ -201,3 +201,9 @@ def test_format_quantity_keeps_three_digits(key, value):
 def test_scaling_leaves_quality_alone():
     scaled = Budget("time_per_token<=10ms, memory<=80MB, drop<=1%").scaled(0.5)
     assert scaled.limits == {"token_ms": 5.0, "memory_bytes": 40e6, "drop": 0.01}
+
+
+def test_a_limit_is_raised_in_its_own_unit():
+    budget = Budget("memory<=2MB, size<=1MB").raised("memory_bytes", 5e5)
+    assert budget.limits == {"memory_bytes": 2.5e6, "size_bytes": 1e6}
+    assert str(budget) == "memory<=2.5MB, size<=1MB"

@@ -26,7 +26,7 @@ LAYERS = [
     {"methods"},
     {"plan"},
     {"artifact", "hf_quantizer", "_transformers_hook", "gguf_export", "_gguf_matrices", "_gguf_tokenizer"},
-    {"auditing", "measuring", "reopening", "serving", "exporting"},
+    {"auditing", "measuring", "reopening", "served", "serving", "exporting"},
     {"fitting"},
     {"catalogue", "cli"},
     {"papers"},

@@ -5,6 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lilliput.errors import UserError
+from lilliput.methods.cache.low_bit import LowBit
+from lilliput.methods.decode.ngram import Ngram
 from lilliput.methods.prune.neurons import Neurons
 from lilliput.methods.quantize.group import Group
 from lilliput.methods.quantize.int8 import Int8
@@ -48,9 +50,27 @@ def test_yaml_round_trip_keeps_layers_and_settings():
     assert Plan.from_yaml(plan.to_yaml()) == plan
 
 
+@pytest.mark.parametrize("serving", [None, LowBit(bits=2, residual=16), Ngram(tokens=4, runtime="lean")])
+def test_how_it_is_served_goes_with_a_plan(serving):
+    plan = Plan([Step(Int8())], serving)
+    assert Plan.from_yaml(plan.to_yaml()) == plan
+    assert ("serving" in plan.to_yaml()) == (serving is not None)
+
+
+def test_plans_of_before_there_was_serving_are_served_plainly():
+    assert Plan.from_yaml("version: 1\nsteps: []").serving is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("version: 1\nsteps: []\nserving: 3", "serving is '3'"),
+        ("version: 1\nsteps: []\nserving: {method: cache.low_bit}", "'method' and 'settings'"),
+        ("version: 1\nsteps: []\nserving: {method: cache.none, settings: {}}", "no method 'cache.none'"),
+        ("version: 1\nsteps: []\nserving: {method: decode.medusa, settings: {}}", "more than its settings"),
+        ("version: 1\nsteps: []\nserving: {method: quantize.int8, settings: {}}", "more than its settings"),
+        ("version: 1\nsteps: []\nserving: {method: cache.low_bit, settings: {bits: 3}}", "bits is 3"),
+        ("version: 1\nsteps: []\nserving: {method: cache.low_bit, settings: {bytes: 3}}", "no setting bytes"),
         ("steps: [", "not valid YAML"),
         ("[]", "mapping"),
         ("version: 1\nsteps: 3", "list of 'steps'"),

@@ -1,13 +1,20 @@
 """`model.generate` by the native decoder: the tokens of transformers' own loop, or that loop itself with a warning."""
 
+import copy
 import warnings
 from functools import partial
 
 import pytest
 import torch
 
+import lilliput as lp
+from lilliput.artifact import save
 from lilliput.errors import UserError
-from lilliput.serving import accelerated, native_sampling
+from lilliput.methods.cache import Sliding
+from lilliput.methods.cache._cache import PolicyCache
+from lilliput.methods.decode import Ngram
+from lilliput.plan import Plan
+from lilliput.serving import Served, accelerated, native_sampling, stream_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,3 +150,94 @@ def test_other_models_are_left_to_transformers_with_the_reason():
 def test_assisted_generation_is_refused_with_the_way_out(model):
     with pytest.raises(UserError, match="without custom_generate"):
         model.generate(ids(1, 8), custom_generate=native_sampling, prompt_lookup_num_tokens=2, max_new_tokens=4)
+
+
+# --- as a fit chose ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(model, llama_work, make_tokenizer, tmp_path):
+    """`saved(serving, **facts)`: the folder of an artifact that is served so."""
+    llama_work.model, llama_work.tokenizer = model, make_tokenizer()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+
+    def make(serving, **facts):
+        return save(model, tmp_path / "fitted", llama_work, Plan(serving=serving), facts)
+
+    return make
+
+
+def test_a_loaded_model_writes_as_it_is_served_and_plainly_when_told(model, saved):
+    folder = saved(Ngram(runtime="lean"))
+    options = {"max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(ids(1, 9), **options)
+    served, listener = lp.load(folder), Listener()
+    assert isinstance(served.generate, Served)
+    assert torch.equal(served.generate(ids(1, 9), streamer=listener, **options), expected)
+    assert listener.heard == expected[0].tolist()
+    assert torch.equal(served.generate(input_ids=ids(1, 9), **options), expected)
+    plain = lp.load(folder, serve=False)
+    assert "generate" not in vars(plain)
+    assert torch.equal(plain.generate(ids(1, 9), **options), expected)
+
+
+def test_several_texts_and_padding_are_not_drafted(model, saved):
+    served, options = lp.load(saved(Ngram(runtime="lean"))), {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(served.generate(ids(3, 6), **options), model.generate(ids(3, 6), **options))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    given = options | {"attention_mask": mask}
+    assert torch.equal(served.generate(ids(1, 6), **given), model.generate(ids(1, 6), **given))
+
+
+def test_what_a_call_asks_for_itself_comes_first(model, saved):
+    served = lp.load(saved(Ngram(runtime="lean")))
+    beams = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
+    assert torch.equal(served.generate(ids(1, 6), **beams), model.generate(ids(1, 6), **beams))
+    cache = Sliding(budget=8).cache(served)
+    served.generate(ids(1, 6), max_new_tokens=6, past_key_values=cache)
+    assert cache.get_seq_length() == 11
+
+
+def test_a_copy_of_a_served_model_serves_itself(saved):
+    served = lp.load(saved(Ngram(runtime="lean")))
+    again = copy.deepcopy(served)
+    assert again.generate.model is again
+    assert again.generate.setting == served.generate.setting
+
+
+def test_a_policy_has_a_new_cache_for_each_call(model, saved, monkeypatch):
+    served = lp.load(saved(Sliding(budget=8, sinks=2)))
+    made, cache = [], Sliding.cache
+    monkeypatch.setattr(Sliding, "cache", lambda self, model: made.append(cache(self, model)) or made[-1])
+    first, second = (served.generate(ids(1, 30), max_new_tokens=8, do_sample=False) for _ in range(2))
+    assert torch.equal(first, second)
+    assert len(made) == 2
+    assert all(isinstance(c, PolicyCache) and c.layers[0].keys.shape[2] <= 9 for c in made)
+
+
+@pytest.mark.parametrize("serving", [Ngram(runtime="lean"), Sliding(budget=64)])
+def test_streamed_text_is_that_of_plain_decoding(saved, serving):
+    folder = saved(serving)
+    plain = "".join(stream_text(folder, "the cat", 12, plain=True))
+    assert plain
+    assert "".join(stream_text(folder, "the cat", 12)) == plain
+
+
+def test_a_policy_is_heard_in_streamed_text(saved, monkeypatch):
+    folder, asked = saved(Sliding(budget=8, sinks=2)), []
+    cache = Sliding.cache
+    monkeypatch.setattr(Sliding, "cache", lambda self, model: asked.append(self) or cache(self, model))
+    "".join(stream_text(folder, "the cat and the other cat sat on 12 mats", 4, plain=True))
+    assert asked == []
+    "".join(stream_text(folder, "the cat and the other cat sat on 12 mats", 4))
+    assert Sliding(budget=8, sinks=2) in asked
+
+
+def test_a_text_longer_than_the_positions_is_refused_and_one_beyond_the_context_told(saved):
+    folder = saved(None, context=65)
+    with pytest.raises(UserError, match=r"the model reads 128; shorten the prompt"):
+        list(stream_text(folder, "cat " * 200, 4))
+    with pytest.raises(UserError, match="fewer tokens"):
+        list(stream_text(folder, "the cat", 128))
+    with pytest.warns(UserWarning, match="measured for 65"):
+        list(stream_text(folder, "the cat", 70))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lilliput import methods as methods
-    from lilliput.artifact import load as load
     from lilliput.artifact import save as save
     from lilliput.auditing import audit as audit
     from lilliput.budget import Budget as Budget
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from lilliput.measuring import measure as measure
     from lilliput.plan import Plan as Plan
     from lilliput.plan import Step as Step
+    from lilliput.serving import load as load
     from lilliput.workload import Metric as Metric
     from lilliput.workload import Workload as Workload
 
@@ -34,7 +34,7 @@ _HOMES = {
     "Workload": "workload",
     "audit": "auditing",
     "fit": "fitting.run",
-    "load": "artifact",
+    "load": "serving",
     "measure": "measuring",
     "save": "artifact",
 }

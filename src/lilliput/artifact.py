@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lilliput.edits import describe, replay
 from lilliput.errors import UserError
-from lilliput.plan import Plan
+from lilliput.method import CachePolicy, Decoder
+from lilliput.plan import Plan, read_serving, serving_entry
 from lilliput.workload import Batch, Workload
 
 VERSION = 1
@@ -78,6 +79,7 @@ def _write(model: nn.Module, folder: Path, workload: Workload, plan: Plan, facts
         "edits": edits,
         "aliases": aliases,
         "facts": facts,
+        "serving": None if plan.serving is None else serving_entry(plan.serving),
     }
     (folder / ARCHITECTURE).write_text(json.dumps(architecture, indent=1))
     (folder / PLAN).write_text(plan.to_yaml())
@@ -206,6 +208,17 @@ def read_architecture(folder: str | Path) -> dict[str, Any]:
     if not all(isinstance(e, dict) for e in data["edits"]):
         raise UserError(f"{ARCHITECTURE} in {str(folder)!r} holds edits that are no mappings; save the model again")
     return data
+
+
+def serving_of(folder: str | Path) -> Decoder | CachePolicy | None:
+    """How an artifact is served; None is plainly, as in those of before there was a choice."""
+    return read_serving(read_architecture(folder).get("serving"))
+
+
+def write_serving(folder: str | Path, serving: Decoder | CachePolicy | None) -> None:
+    """Have an artifact served in another way."""
+    data = read_architecture(folder) | {"serving": None if serving is None else serving_entry(serving)}
+    (Path(folder) / ARCHITECTURE).write_text(json.dumps(data, indent=1))
 
 
 _FIELDS = {"version": int, "source": dict, "edits": list, "aliases": dict}

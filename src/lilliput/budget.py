@@ -113,6 +113,12 @@ class Budget:
         other._set([x if x.key == DROP else dataclasses.replace(x, number=x.number * share) for x in self._limits])
         return other
 
+    def raised(self, key: str, extra: float) -> Budget:
+        """This budget with `extra`, in base units, added to the absolute limit on `key`."""
+        other = Budget.__new__(Budget)
+        other._set([_raised(limit, extra) if limit.key == key else limit for limit in self._limits])
+        return other
+
     def slack(self, measured: Mapping[str, float]) -> dict[str, float]:
         """Key -> (limit - measured) / limit: the unused share of each limit, negative when it is broken."""
         return {key: _slack(limit, value) for key, limit, value in self._pairs(measured)}
@@ -176,6 +182,11 @@ def _absolute(limit: _Limit, original: Mapping[str, float]) -> _Limit:
         raise UserError(f"{str(limit)!r} is relative to the original, but {limit.key!r} of the original is not known")
     base = next(unit for unit, scale in QUANTITIES[limit.name][1].items() if scale == 1)
     return _checked(_Limit(limit.name, limit.value * original[limit.key], base), f"{limit} of the original")
+
+
+def _raised(limit: _Limit, extra: float) -> _Limit:
+    scale = QUANTITIES[limit.name][1][limit.unit]
+    return dataclasses.replace(limit, number=limit.number + extra / scale)
 
 
 def _slack(limit: float, value: float) -> float:

@@ -21,7 +21,7 @@ app = typer.Typer(
 zoo_app = typer.Typer(help="Models and data that are known by name.", invoke_without_command=True)
 app.add_typer(zoo_app, name="zoo")
 
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL, DEFAULT_BUDGET = "smollm2-135m", "memory<=50%, time_per_token<=50%"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -61,9 +61,7 @@ def _plain(data: Any) -> Any:
 @app.command()
 def fit(
     model: Annotated[str, typer.Argument(help="Zoo name, Hugging Face directory or GGUF file.")] = DEFAULT_MODEL,
-    budget: Annotated[str, typer.Option(help="Limits, e.g. 'memory<=300MB, time_per_token<=15ms'.")] = (
-        "memory<=50%, time_per_token<=50%"
-    ),
+    budget: Annotated[str, typer.Option(help="Limits, e.g. 'memory<=300MB, time_per_token<=15ms'.")] = DEFAULT_BUDGET,
     time_limit: Annotated[str, typer.Option(help="For the whole fit: 10m, 90s, 1h.")] = "8m",
     data: Annotated[Path | None, typer.Option(help="Your text: a .txt file or a folder of them.")] = None,
     device: Annotated[
@@ -80,6 +78,8 @@ def fit(
     storage: Annotated[str | None, typer.Option(help="Database URL of the search; default SQLite in the run.")] = None,
     ray: Annotated[str | None, typer.Option(help="Run trials on Ray: 'local' or an address.")] = None,
     recover: Annotated[bool, typer.Option(help="Distil the best from the original in the time left.")] = True,
+    context: Annotated[int | None, typer.Option(help="Tokens of text to measure a language model with.")] = None,
+    serve: Annotated[bool, typer.Option(help="Try drafts and smaller caches on the best plans.")] = True,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -109,6 +109,8 @@ def fit(
             storage=storage,
             ray=ray,
             recover=recover,
+            context=context,
+            serve=serve,
             quiet=as_json,
         )
     except AlreadyInside as inside:
@@ -116,8 +118,7 @@ def fit(
         return
     where = f"report   {fitted.folder / 'report.html'}\nartifact {fitted.folder / 'fitted'}"
     _show(fitted.record, f"{fitted.summary()}\n{where}", as_json)
-    if not fitted.met:
-        raise typer.Exit(1)
+    raise typer.Exit(0 if fitted.met else 1)
 
 
 def parse_minutes(text: str) -> float:
@@ -144,14 +145,19 @@ def measure(
     ] = None,
     runtime: Annotated[str | None, typer.Option()] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of text to measure a language model with.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Every number of a model on this machine."""
+    """Every number of a model on this machine; of an artifact as it is served."""
     import lilliput as lp
+    from lilliput.artifact import ARCHITECTURE, serving_of
 
     workload, judged = _subject(model, data)
-    measured = lp.measure(workload, runtime=runtime, threads=threads, split="validation" if judged else None)
+    workload = workload if context is None else workload.at_context(context)
+    serving = serving_of(model) if (Path(model) / ARCHITECTURE).is_file() else None
+    split = "validation" if judged else None
+    measured = lp.measure(workload, runtime=runtime, threads=threads, split=split, serving=serving)
     if not judged:
         measured.notes.append("quality is not measured: no data of this model is known; give some with --data")
     _show(measured.to_json(), str(measured), as_json)
@@ -232,6 +238,7 @@ def generate(
     folder: Annotated[Path, typer.Argument(help="Artifact of a language model.")],
     prompt: Annotated[str, typer.Argument()],
     tokens: Annotated[int, typer.Option(min=1)] = 64,
+    plain: Annotated[bool, typer.Option("--plain", help="Without the drafts or the cache that the fit chose.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -239,7 +246,7 @@ def generate(
     from lilliput.serving import stream_text
 
     pieces = []
-    for piece in stream_text(folder, prompt, tokens):
+    for piece in stream_text(folder, prompt, tokens, plain):
         pieces.append(piece)
         if not as_json:
             print(piece, end="", flush=True)

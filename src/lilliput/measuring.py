@@ -6,21 +6,28 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lilliput.artifact import load as load_artifact
-from lilliput.artifact import load_example, read_architecture, save
+from lilliput.artifact import load_example, read_architecture, save, serving_of
 from lilliput.budget import format_quantity
 from lilliput.device import Device
 from lilliput.errors import UserError
 from lilliput.metrics import energy, latency, memory, roofline, size
+from lilliput.plan import Plan
 from lilliput.runtimes import Runtime, Session, check, choose, find_runtime
+from lilliput.served import Drafting, Setting, label, prepare
 from lilliput.workload import Score, Workload
 
 NEW_TOKENS = 24
+SHORT_PROMPT = 8  # tokens, to warm up
+LONG_PROMPT = 512  # tokens from which on a prompt is read a few times only
+DRAFT_PROMPT, DRAFTED_TOKENS = 128, 48  # of texts that drafts are timed on
+PROMPTS, LONG_PROMPTS = 8, 4  # how many of them, and where they fill a context
 SECONDS_PER_ROUND = 0.05  # of a comparison, for nets that take a fraction of a millisecond
 
 
@@ -58,23 +65,27 @@ def measure(
     threads: int | None = None,
     fresh_memory: bool = True,
     split: str | None = "validation",
+    serving: Setting = None,
 ) -> Measured:
     """Measure `model` (default: the workload's own) on the workload's example input and one data split.
 
     `fresh_memory` runs the model once more in a new process to see its peak; otherwise memory is the weights alone.
+    `serving` is a decoder or a cache policy that times and memory are taken with; the score is that of the model.
     """
     model = (workload.model if model is None else model).eval()
     runtime = pick_runtime(runtime, model, workload)
     threads = threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    session = runtime.prepare(model, workload, threads)
+    session = prepare(runtime, model, workload, threads, serving)
     check(session, model, workload, tolerance=0.05 if workload.kind == "causal_lm" else None)
     result = Measured(runtime.name, threads, {}, notes=[session.note] if session.note else [])
+    if serving is not None:
+        result.notes.append(f"served with {label(serving)}")
     load = latency.wait_until_quiet()
     if load > latency.QUIET:
         result.notes.append(f"other processes kept {load:.1f} cores busy: times are unreliable")
     measure_speed(workload, session, result)
-    _measure_memory(workload, model, runtime.name, threads, fresh_memory, result)
+    _measure_memory(workload, model, runtime.name, threads, fresh_memory, result, serving)
     _measure_energy(workload, model, session, result)
     if split is not None:
         scorer = session if workload.kind == "classifier" else model
@@ -102,6 +113,8 @@ def measure_speed(workload: Workload, session: Session, result: Measured, quick:
         return
     ids, generate = workload.example["input_ids"], generator(session)
     repeats = 3 if quick else 5
+    if ids.shape[1] > LONG_PROMPT:
+        repeats = 2
     taken = latency.measure_generation(lambda: generate(ids, NEW_TOKENS), tokens=NEW_TOKENS, repeats=repeats)
     result.values |= {"first_token_ms": taken.first_token_ms, "token_ms": taken.token_ms}
     result.spread |= {"first_token_ms": taken.first_token_iqr_ms, "token_ms": taken.token_iqr_ms}
@@ -117,6 +130,66 @@ def compare_speed(workload: Workload, a: Any, b: Any, rounds: int = 12) -> laten
     for stream in streams:
         next(stream)  # the prompt
     return latency.compare_streams(streams[0], streams[1], block, rounds)
+
+
+def compare_behind(workload: Workload, a: Any, b: Any, rounds: int = 6) -> tuple[latency.Comparison, float]:
+    """Session `b` against `a` by the tokens behind the example, as `compare_speed`, and milliseconds to b's first one.
+
+    Each reads the prompt once, and `a` not even that when it holds it from the last time.
+    """
+    ids, block = workload.example["input_ids"], NEW_TOKENS // 6
+    list(generator(b)(ids[:, :SHORT_PROMPT], 2))  # lays out packed weights
+    tokens = 1 + block * rounds
+    streams = a.generate(ids, tokens, reuse=True), generator(b)(ids, tokens)
+    next(streams[0])
+    start = perf_counter()
+    next(streams[1])
+    first_ms = 1e3 * (perf_counter() - start)
+    return latency.compare_streams(*streams, block, rounds), first_ms
+
+
+def compare_drafting(workload: Workload, drafting: Drafting) -> tuple[latency.Comparison, int]:
+    """A session that drafts against the one whose text it drafts, over whole texts behind prompts of the validation
+    data, up to the end-of-text token; and how many of the texts are the same.
+
+    Both begin behind a prompt that was read already. Without a text that is long enough there is no gain.
+    """
+    times, same = [], 0
+    for prompt in _validation_prompts(workload):
+        tokens = _until_end(workload.model, list(drafting.plain.generate(prompt, DRAFTED_TOKENS)))
+        if tokens < DRAFTED_TOKENS // 4:
+            continue
+        runs = [_written(session, prompt, tokens) for session in (drafting.plain, drafting)]
+        times.append([ms for ms, _ in runs])
+        same += runs[0][1] == runs[1][1]
+    if not times:
+        return latency.Comparison(1.0, 1.0, 1.0, (0.0, 0.0), 0), 0
+    return latency.paired_ratio([a for a, _ in times], [b for _, b in times]), same
+
+
+def _validation_prompts(workload: Workload) -> list[Tensor]:
+    """Prompts (1, T): as long as the example where that stands for a context, else the first halves of windows."""
+    ids = workload.example["input_ids"]
+    if ids.shape[1] > DRAFT_PROMPT:
+        rows, whole = workload.long_text("validation", ids.shape[1], LONG_PROMPTS)  # type: ignore[attr-defined]
+        if whole:
+            return list(rows.split(1))
+    rows = [row for batch in workload.validation for row in batch["input_ids"].split(1)][:PROMPTS]
+    return [row[:, : min(DRAFT_PROMPT, max(1, row.shape[1] // 2))] for row in rows]
+
+
+def _until_end(model: Any, tokens: list[int]) -> int:
+    """How many tokens a text has up to its end-of-text token, that one included."""
+    end = getattr(getattr(model, "config", None), "eos_token_id", None)
+    ends = set(end if isinstance(end, list) else [end])
+    return next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+
+
+def _written(session: Any, prompt: Tensor, tokens: int) -> tuple[float, list[int]]:
+    """Milliseconds to write behind a prompt that was read last, and what was written."""
+    start = perf_counter()
+    text = list(session.generate(prompt, tokens, reuse=True))
+    return 1e3 * (perf_counter() - start), text
 
 
 def compare_copies(workload: Workload, a: Any, b: Session, rounds: int = 6, copies: int = 3) -> latency.Comparison:
@@ -145,14 +218,14 @@ def generator(session: Session) -> Callable[[Tensor, int], Iterator[int]]:
     return generate
 
 
-def _measure_memory(workload, model, runtime: str, threads: int, fresh: bool, result: Measured) -> None:
+def _measure_memory(workload, model, runtime: str, threads: int, fresh: bool, result: Measured, serving) -> None:
     if not (fresh and workload.source):
         result.values["memory_bytes"] = float(memory.weight_bytes(model))
         result.values["size_bytes"] = float(size.state_bytes(model.state_dict()))
         result.notes.append("memory is the weights alone: the model was not run in a fresh process")
         return
     with tempfile.TemporaryDirectory() as folder:
-        path = save(model, Path(folder) / "model", workload)
+        path = save(model, Path(folder) / "model", workload, Plan(serving=serving))
         result.values["memory_bytes"] = float(fresh_process_memory(path, runtime, threads))
         result.values["size_bytes"] = float(artifact_bytes(path))
 
@@ -173,12 +246,12 @@ def fresh_process_memory(path: Path, runtime: str, threads: int) -> int:
 
 
 def run_artifact(path: str, runtime: str, threads: int) -> None:
-    """Load an artifact and run its example once: for decoders a prompt and eight tokens."""
+    """Load an artifact and run its example once, as it is served: for decoders a prompt and eight tokens."""
     torch.set_num_threads(threads)
     model, example = load_artifact(path), load_example(path)
     kind = read_architecture(path)["kind"]
     workload = bare_workload(model, example, kind)
-    session = find_runtime(runtime).prepare(model, workload, threads)
+    session = prepare(find_runtime(runtime), model, workload, threads, serving_of(path))
     if workload.kind == "causal_lm":
         list(generator(session)(example["input_ids"], 8))
     else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lilliput.errors import UserError
-from lilliput.method import STAGES, Method, find_method
+from lilliput.method import STAGES, CachePolicy, Decoder, Method, Settings, find_method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,9 +36,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps in the fixed order of stages."""
+    """Steps in the fixed order of stages, and how the model that they make is served; None is plainly."""
 
     steps: list[Step] = field(default_factory=list)
+    serving: Decoder | CachePolicy | None = None
 
     def check(self) -> list[str]:
         """What is illegal, each with both methods and the way out; empty when the plan can run."""
@@ -79,7 +80,10 @@ class Plan:
             | ({} if s.layers is None else {"layers": {k: _plain(v) for k, v in s.layers.items()}})
             for s in self.steps
         ]
-        return yaml.safe_dump({"version": VERSION, "steps": steps}, sort_keys=False, width=120)
+        data = {"version": VERSION, "steps": steps}
+        if self.serving is not None:
+            data["serving"] = serving_entry(self.serving)
+        return yaml.safe_dump(data, sort_keys=False, width=120)
 
     @classmethod
     def from_yaml(cls, text: str) -> Plan:
@@ -92,7 +96,7 @@ class Plan:
             raise UserError("a plan is a mapping with 'version' and a list of 'steps'")
         if data.get("version") != VERSION:
             raise UserError(f"the plan has version {data.get('version')!r}; this lilliput reads version {VERSION}")
-        return cls([_step(i, entry) for i, entry in enumerate(data["steps"])])
+        return cls([_step(i, entry) for i, entry in enumerate(data["steps"])], read_serving(data.get("serving")))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -104,6 +108,38 @@ class Plan:
             return cls.from_yaml(path.read_text())
         except UnicodeDecodeError:
             raise UserError(f"{str(path)!r} is not a text file; give a plan.yaml") from None
+
+
+def serving_entry(serving: Decoder | CachePolicy) -> dict[str, Any]:
+    """A decoder or a cache policy as plain data."""
+    return {"method": serving.name(), "settings": _plain(asdict(serving))}
+
+
+def read_serving(entry: Any) -> Decoder | CachePolicy | None:
+    """The inverse of `serving_entry`; None of None. Raises UserError for what a file alone cannot serve with."""
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or set(entry) != {"method", "settings"} or not isinstance(entry["settings"], dict):
+        raise UserError(f"serving is {str(entry)[:80]!r}; give a mapping with 'method' and 'settings', or leave it out")
+    cls = find_method(str(entry["method"]))
+    if not issubclass(cls, CachePolicy) and not hasattr(cls, "drafter"):
+        raise UserError(
+            f"serving names {entry['method']}, which needs more than its settings; "
+            "take a cache policy, or a decoder that drafts from the text alone (decode.ngram)"
+        )
+    found: Settings = _with(cls, entry["settings"], "serving")
+    assert isinstance(found, Decoder | CachePolicy)
+    return found
+
+
+def _with(cls: type[Settings], settings: dict, where: str) -> Any:
+    """A method with settings out of a file."""
+    if not all(isinstance(k, str) for k in settings):
+        raise UserError(f"{where}: settings must map names to values")
+    try:
+        return cls().with_(**settings)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{where} ({cls.name()}): {error}") from None
 
 
 def _step(index: int, entry: Any) -> Step:

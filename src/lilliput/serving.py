@@ -3,6 +3,7 @@
 model.generate(**inputs, custom_generate=native_sampling)
 with accelerated(model):                  # or accelerated(model, Ngram()), see lilliput.methods.decode
     model.generate(**inputs, streamer=streamer)
+load("fitted").generate(**inputs)         # as the fit chose to serve it: see `Served`
 """
 
 from __future__ import annotations
@@ -17,28 +18,84 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lilliput.artifact import load, load_example, load_tokenizer, read_architecture
+from lilliput import artifact
+from lilliput.artifact import load_example, load_tokenizer, read_architecture, serving_of
 from lilliput.errors import UserError
 from lilliput.kernels.decoder import Decoder, foreign_layers
 from lilliput.kernels.decoder_parts import parts_of, refusals
 from lilliput.measuring import bare_workload, generator
+from lilliput.method import CachePolicy
+from lilliput.methods.decode._verify import context_of
 from lilliput.runtimes import choose
+from lilliput.served import PIECE, Setting, prepare
+
+OWN_WAYS = ("custom_generate", "past_key_values", "assistant_model", "cache_implementation")
 
 
-def stream_text(folder: str | Path, prompt: str, tokens: int) -> Iterator[str]:
-    """Greedy continuation of `prompt`, piece by piece, on the fastest runtime; ends early at the end-of-text token."""
+def load(folder: str | Path, model: nn.Module | None = None, serve: bool = True) -> nn.Module:
+    """The fitted model of an artifact, in eval mode, equal to the bit to the one saved.
+
+    `model` is an instance of your own class for artifacts of models that neither transformers nor the zoo can build.
+    A language model whose fit chose a way to serve it generates so (`Served`), with `serve=False` plainly.
+    """
+    found = artifact.load(folder, model)
+    setting = serving_of(folder) if serve else None
+    if setting is not None:
+        found.generate = Served(found, setting)  # type: ignore[assignment]
+    return found
+
+
+class Served:
+    """`generate` of a model with a decoder or a cache policy in it; a policy's cache is new for each call.
+
+    A call that names a way of its own (OWN_WAYS, several beams) goes its way; several texts at once are not drafted.
+    """
+
+    def __init__(self, model: Any, setting: Setting):
+        self.model, self.setting = model, setting
+
+    def __call__(self, inputs: Any = None, *args: Any, **options: Any) -> Any:
+        plain = partial(type(self.model).generate, self.model)
+        config = options.get("generation_config") or self.model.generation_config
+        beams = options.get("num_beams", config.num_beams) or 1
+        if beams > 1 or any(options.get(name) is not None for name in OWN_WAYS):
+            return plain(inputs, *args, **options)
+        if isinstance(self.setting, CachePolicy):
+            cache = self.setting.cache(self.model)
+            return plain(inputs, *args, past_key_values=cache, **{"prefill_chunk_size": PIECE} | options)
+        loop = self.setting if _draftable(options.get("input_ids") if inputs is None else inputs, options) else None
+        loop = loop or native_sampling
+        return plain(inputs, *args, custom_generate=partial(loop, streamer=options.get("streamer")), **options)
+
+
+def _draftable(ids: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether a call is for one whole text, its tokens alone: what decoders that draft can follow."""
+    mask = options.get("attention_mask")
+    whole = mask is None or bool((mask == 1).all())
+    asked = options.get("return_dict_in_generate") or options.get("use_cache") is False
+    one = ids is not None and len(ids) == 1 and (options.get("num_return_sequences") or 1) == 1
+    return one and whole and not asked
+
+
+def stream_text(folder: str | Path, prompt: str, tokens: int, plain: bool = False) -> Iterator[str]:
+    """Greedy continuation of `prompt`, piece by piece, as the fit chose to serve it, or `plain`: on the fastest runtime
+    alone; ends early at the end-of-text token.
+
+    Raises UserError for a text that the model's positions do not reach; warns of one beyond the context of the budget.
+    """
     if read_architecture(folder)["kind"] != "causal_lm":
         raise UserError(f"{str(folder)!r} is not a language model")
     if not (Path(folder) / "tokenizer_config.json").is_file():
         raise UserError(f"{str(folder)!r} has no tokenizer; save it from a workload that has one")
-    model, tokenizer = load(folder), load_tokenizer(folder)
+    model, tokenizer = artifact.load(folder), load_tokenizer(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise UserError("the prompt is empty; give at least one word")
+    _check_length(folder, model, ids.shape[1], tokens)
     workload = bare_workload(model, load_example(folder), "causal_lm")
     runtime = choose(model, workload)
-    options: dict[str, Any] = {"max_length": ids.shape[1] + tokens} if runtime.name == "lean" else {}
-    session: Any = runtime.prepare(model, workload, **options)
+    options: dict[str, Any] = {"max_length": ids.shape[1] + tokens} if runtime.keeps_text else {}
+    session: Any = prepare(runtime, model, workload, setting=None if plain else serving_of(folder), **options)
     end = model.config.eos_token_id  # type: ignore[union-attr]
     done, shown = [], ""
     for token in generator(session)(ids, tokens):
@@ -49,6 +106,20 @@ def stream_text(folder: str | Path, prompt: str, tokens: int) -> Iterator[str]:
         if not text.endswith("�"):  # half of a character
             yield text[len(shown) :]
             shown = text
+
+
+def _check_length(folder: str | Path, model: nn.Module, prompt: int, tokens: int) -> None:
+    """Whether a text of prompt and new tokens can be read, and was what the budget is about."""
+    longest, fitted = context_of(model), (read_architecture(folder).get("facts") or {}).get("context")
+    if prompt + tokens > longest:
+        raise UserError(
+            f"a prompt of {prompt} tokens and {tokens} new ones are {prompt + tokens}, but the model reads {longest}; "
+            "shorten the prompt or ask for fewer tokens"
+        )
+    if fitted is not None and prompt + tokens > fitted:
+        warnings.warn(
+            f"the text may grow to {prompt + tokens} tokens; memory and time were measured for {fitted}", stacklevel=3
+        )
 
 
 @contextmanager

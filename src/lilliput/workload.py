@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from lilliput.errors import UserError
 
 Batch = dict[str, Tensor]
 SPLITS = ("calibration", "validation", "test")
+ROOM = 64  # tokens that a measurement writes behind its prompt at most
 
 
 def is_input(key: str) -> bool:
@@ -93,6 +96,7 @@ class Workload:
     source: dict[str, Any] = field(default_factory=dict)  # how the unchanged architecture is built: see artifact
     tokenizer: Any = None
     prompts: Sequence[str] = ()  # what `audit.language` asks
+    texts: Callable[[str, int, int], Tensor] | None = None  # (split, length, count) -> (up to count, length) token ids
     kind = "custom"
 
     def __post_init__(self):
@@ -138,6 +142,13 @@ class Workload:
         m = self.metric
         return Score(m.name, m.reduce(values), low, high, len(values), m.unit)
 
+    def at_context(self, tokens: int) -> Self:
+        """The same, measured with a context of so many tokens; for language models alone. Raises UserError."""
+        raise UserError(
+            f"context is {tokens!r}, but {self.name} is no language model: it keeps nothing from token to token; "
+            "leave context out"
+        )
+
     @classmethod
     def from_name(cls, name: str, **options) -> Workload:
         """A workload of the zoo (`lilliput zoo` lists them), a Hugging Face directory or a GGUF file."""
@@ -179,6 +190,38 @@ class CausalLM(Workload):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return _window_nll(self.forward(model, batch), batch).mean()
+
+    def at_context(self, tokens: int) -> Self:
+        """The same, whose example is a prompt that leaves ROOM tokens of a context of `tokens`.
+
+        Memory then holds the keys and values of that many, and a token is timed behind them. Raises UserError for a
+        context that is no number above ROOM, or beyond the positions of the model.
+        """
+        longest = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        if type(tokens) is not int or tokens <= ROOM:
+            raise UserError(
+                f"context is {tokens!r}; give a whole number above {ROOM}, the tokens that a measurement writes"
+            )
+        if longest is not None and tokens > longest:
+            raise UserError(f"context is {tokens} tokens, but {self.name} reads {longest} at most; give no more")
+        text, _ = self.long_text("calibration", tokens - ROOM, 1)
+        return dataclasses.replace(self, example={"input_ids": text})
+
+    def long_text(self, split: str, length: int, count: int) -> tuple[Tensor, bool]:
+        """(n, length) token ids of a split, n up to `count`, and whether each of them is a piece of one text.
+
+        They come from `texts`, else from windows that are as long; failing these, windows are put together, and
+        repeated where they do not suffice, which is enough to take times and no more.
+        """
+        if self.texts is not None:
+            with suppress(UserError):  # no document of the split is as long
+                return self.texts(split, length, count), True
+        rows = [row for batch in getattr(self, split) for row in batch["input_ids"]]
+        whole = [row[:length] for row in rows if len(row) >= length][:count]
+        if whole:
+            return torch.stack(whole), True
+        joined = torch.cat(rows)
+        return joined.repeat(-(-length // len(joined)))[None, :length], False
 
 
 class Classifier(Workload):

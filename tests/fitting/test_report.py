@@ -413,6 +413,34 @@ def test_what_got_worse_names_costs_that_rose(decoder):
     assert "memory" not in tiles
 
 
+def test_ways_to_serve_stand_with_their_figures(decoder, without_plotly):
+    assert sections.serving(decoder) is None
+    low_bit = {"method": "cache.low_bit", "settings": {"bits": 4}}
+    interval = {"ratio": 0.4, "low": 0.38, "high": 0.41}
+    plain = {"candidate": 3, "serving": None, "label": "plain", "measured": {"token_ms": 13.6, "memory_bytes": 343e6}}
+    cached = {
+        "candidate": 3,
+        "serving": low_bit,
+        "label": "cache.low_bit (bits 4)",
+        "measured": {"token_ms": 34.0, "memory_bytes": 262e6},
+        "cache_bytes": 20e6,
+        "damage": 0.004,
+        "speedup": interval,
+    }
+    refused = {"candidate": 3, "serving": {}, "label": "cache.h2o", "refused": "it needs the attention 'sdpa' <b>"}
+    decoder["serving"] = {"rows": [plain | {"damage": 0.0007}, cached, refused], "chosen": low_bit, "label": "low"}
+    decoder["verify"]["policy"] = {"nats": 0.0031, "error": None, "texts": 2, "tokens": 4096}
+    found = sections.serving(decoder)
+    assert [row["chosen"] for row in found["rows"]] == [False, True, False]
+    assert [row["costs"][0]["over"] for row in found["rows"]] == [False, True, False]
+    assert [row["cache"] for row in found["rows"]] == ["–", "20 MB", "–"]
+    assert found["rows"][1]["gain"] == "0.40 [0.38, 0.41]"
+    page = render(decoder)
+    assert "0.0031 nats per token at the end of 2 test texts of 4096 tokens" in page
+    assert "&lt;b&gt;" in page
+    assert ", served with low" in page
+
+
 def test_audits_stand_with_their_verdicts(classifier, without_plotly):
     page = Page(render(classifier))
     for part in ("audit.groups", "harm found", "seen by exemplars", "class 11", "3.4 %"):

@@ -53,6 +53,8 @@ def test_another_device_is_modelled_and_said(llama_work, tmp_path):
         ({"device": "raspberry-pi-9"}, "raspberry-pi-9"),
         ({"runtime": "openvino"}, "openvino"),
         ({"sampler": "guess"}, "guess"),
+        ({"context": 64}, "context is 64"),
+        ({"context": 4096}, "reads 128 at most"),
         ({"speed": 3}, "speed"),
         ({"resume": True}, "no run to resume"),
     ],

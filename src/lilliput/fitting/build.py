@@ -11,17 +11,28 @@ from typing import Any
 
 from torch import nn
 
+from lilliput.anatomy import anatomy
 from lilliput.artifact import save
 from lilliput.device import Device
 from lilliput.fitting.judge import Judge
 from lilliput.fitting.recover import all_cores, recovering
 from lilliput.fitting.space import Genome, Space
-from lilliput.measuring import Measured, compare_copies, fresh_process_memory, measure_speed, modelled_energy
+from lilliput.measuring import (
+    Measured,
+    compare_behind,
+    compare_copies,
+    compare_drafting,
+    fresh_process_memory,
+    measure_speed,
+    modelled_energy,
+)
+from lilliput.method import CachePolicy, Decoder
 from lilliput.metrics.latency import Comparison
 from lilliput.metrics.memory import weight_bytes
 from lilliput.metrics.size import state_bytes
 from lilliput.plan import Plan
 from lilliput.runtimes import Runtime
+from lilliput.served import Drafting, Setting, prepare
 from lilliput.workload import Workload
 
 
@@ -38,6 +49,7 @@ class Bench:
     modelled: tuple[str, ...] = ()
     heal_steps: int = 0  # of distillation for a candidate whose structure changed, before it is judged
     memory_offset: float = 0.0  # bytes a fresh process needs beyond the original's less the weights saved
+    reference: Any = None  # the original's session, where all are timed behind a context
 
     def quantities(
         self, model: nn.Module, space: Space | None = None, genome: Genome | None = None
@@ -56,23 +68,36 @@ class Bench:
             values |= {k: costs[k] for k in self.modelled if k in costs}
         return values
 
-    def speed(self, model: nn.Module, rounds: int = 6) -> tuple[dict[str, float], Comparison]:
-        """Times of a model, and how much faster than the original it is.
+    def speed(self, model: nn.Module, rounds: int = 6, setting: Setting = None) -> tuple[dict[str, float], Comparison]:
+        """Times of a model, as it is served, and how much faster than the original it is.
 
         Both are timed in turn, and the model's time is the original's, as measured at first, over that ratio: a machine
-        that became slower or faster since then changes nothing.
+        that became slower or faster since then changes nothing. What drafts add is seen on prompts of their own.
         """
         result = Measured(self.runtime.name, self.threads, {})
-        original, session = (self.runtime.prepare(m, self.workload, self.threads) for m in (self.workload.model, model))
-        measure_speed(self.workload, session, result, quick=True)
-        comparison = compare_copies(self.workload, original, session, rounds)
-        key = "token_ms" if "token_ms" in result.values else "latency_ms"
+        policy = setting if isinstance(setting, CachePolicy) else None
+        session = prepare(self.runtime, model, self.workload, self.threads, policy)
+        if self.reference is not None:
+            comparison, first_ms = compare_behind(self.workload, self.reference, session, rounds)
+            result.values["first_token_ms"] = first_ms
+        else:
+            original = self.runtime.prepare(self.workload.model, self.workload, self.threads)
+            measure_speed(self.workload, session, result, quick=True)
+            comparison = compare_copies(self.workload, original, session, rounds)
+        if isinstance(setting, Decoder):
+            comparison = _both(comparison, compare_drafting(self.workload, Drafting(session, setting))[0])
+        key = "token_ms" if "first_token_ms" in result.values else "latency_ms"
         result.values[key] = self.original[key] / comparison.ratio
         return result.values, comparison
 
     def _memory(self, model: nn.Module) -> float:
-        """The original's peak in a fresh process less the bytes of weights saved."""
-        return self.original["memory_bytes"] - (weight_bytes(self.workload.model) - weight_bytes(model))
+        """The original's peak in a fresh process less the bytes of weights saved, and with a context less the keys and
+        values of dropped blocks."""
+        saved = weight_bytes(self.workload.model) - weight_bytes(model)
+        if self.reference is not None:
+            blocks, left = (len(anatomy(m).blocks) for m in (self.workload.model, model))
+            saved += self.reference.cache_bytes * (blocks - left) / blocks
+        return self.original["memory_bytes"] - saved
 
     def memory_offset_of(self, model: nn.Module) -> float:
         """What a fresh process that loads and runs `model` takes beyond the estimate."""
@@ -112,6 +137,12 @@ class Bench:
             "score": vars(verdict.score),
             "predicted": dict(predicted or {}),
         }
+
+
+def _both(a: Comparison, b: Comparison) -> Comparison:
+    """What two gains give together; the interval is wider than it need be."""
+    medians = (a.medians_ms[0], a.medians_ms[1] / b.ratio)
+    return Comparison(a.ratio * b.ratio, a.low * b.low, a.high * b.high, medians, min(a.rounds, b.rounds))
 
 
 def key_of(plan: Plan) -> str:

@@ -64,6 +64,7 @@ class DecoderSpace(Space):
     table: Any = None  # LatencyTable or ModelledTable: .ms(format, shape)
     overhead_ms: float = 0.0  # of a token, outside linear layers, per block
     fixed_bytes: float = 0.0  # memory that no choice changes
+    cache_bytes: float = 0.0  # of a block's keys and values, where a context is measured
     blocks: tuple[str, ...] = ()
     block_list: str = ""
     scale_ms: float = 1.0
@@ -122,7 +123,10 @@ class DecoderSpace(Space):
             cost = self.layer_cost(index, genome)
             for parts, value in ((ms, cost.ms), (held, cost.held_bytes), (stored, cost.stored_bytes)):
                 parts[cost.label] = parts.get(cost.label, 0.0) + value
-        return {"token_ms": ms, "memory_bytes": held | {"fixed": self.fixed_bytes}, "size_bytes": stored}
+        held["fixed"] = self.fixed_bytes
+        if self.cache_bytes:
+            held["cache"] = self.cache_bytes * (len(self.blocks) - dropped)
+        return {"token_ms": ms, "memory_bytes": held, "size_bytes": stored}
 
     def layer_ms(self, genome: Genome, factors: Mapping[str, float]) -> dict[str, float]:
         """Milliseconds of a token in each block and in the head, corrected by `factors` of the parts of token_ms."""
@@ -177,8 +181,10 @@ def decoder_space(
     threads: int,
     device: Device,
     progress: Callable[[str], None] = lambda text: None,
+    cache_bytes: float = 0.0,
 ) -> DecoderSpace:
-    """Units, damages and costs of a decoder whose original needs `token_ms` and `memory_bytes`."""
+    """Units, damages and costs of a decoder whose original needs `token_ms` and `memory_bytes`, of these `cache_bytes`
+    for the keys and values of a context."""
     model = workload.model
     parts = anatomy(model)
     formats = FORMATS if "quantize" in families else {FLOAT: None}
@@ -187,6 +193,7 @@ def decoder_space(
         rivals={f"{x} everywhere": {"*": x} for x in UNIFORM},
         blocks=tuple(b.name for b in parts.blocks),
         block_list=parts.block_list,
+        cache_bytes=cache_bytes / len(parts.blocks),
     )
     for block in parts.blocks:
         _add_block(space, model, block, formats, families)

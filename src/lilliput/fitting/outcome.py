@@ -10,7 +10,8 @@ from torch import nn
 
 from lilliput.fitting.layers import bytes_by_part
 from lilliput.fitting.predict import left_out, left_out_timed, rank_correlation
-from lilliput.plan import Plan
+from lilliput.plan import Plan, read_serving
+from lilliput.served import label
 
 if TYPE_CHECKING:
     from lilliput.fitting.run import Job
@@ -34,6 +35,11 @@ def outcome(job: Job, best: dict[str, Any], plan: Plan, checked: dict[str, Any],
         "chosen": best["number"],
         "plan": plan.to_yaml(),
         "verify": checked,
+        "serving": {
+            "rows": job.serving_rows,
+            "chosen": best.get("serving"),
+            "label": label(read_serving(best.get("serving"))),
+        },
         "front": _front(job),
         "layers": bytes_by_part(job.workload.model, model, best["labels"], _layer_ms(job, best)),
         "heat": best["heat"],

@@ -25,7 +25,8 @@ class Run:
         if resume and not started:
             raise UserError(f"there is no run to resume in {str(folder)!r}; leave out --resume to start one")
         try:
-            (folder / "candidates").mkdir(parents=True, exist_ok=True)
+            for steps in ("candidates", "serving"):
+                (folder / steps).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out") from None
         if started:
@@ -35,7 +36,8 @@ class Run:
 
     def _check_same(self, request: dict[str, Any]) -> None:
         before = self.read(REQUEST) or {}
-        differs = [k for k in ("workload", "budget", "device", "families", "seed") if before.get(k) != request.get(k)]
+        asked = ("workload", "budget", "device", "families", "seed", "context")
+        differs = [k for k in asked if before.get(k) != request.get(k)]
         if differs:
             raise UserError(
                 f"{str(self.folder)!r} was started with {differs[0]} = {before.get(differs[0])!r}, not "
@@ -93,5 +95,10 @@ def summary(record: dict[str, Any]) -> str:
     score = f"{v['score_before']['name']} {v['score_before']['value']:.4g} -> {v['score_after']['value']:.4g}"
     state = "met" if not v["violations"] else "NOT met: " + "; ".join(v["violations"])
     note = " (times modelled)" if record["modelled"] else ""
+    serving = record.get("serving") or {}
+    if serving.get("chosen"):
+        note += f", served with {serving['label']}"
     asked = f"{record['request']['workload']} into {record['request']['budget']}"
+    if record["request"].get("context"):
+        asked += f" at {record['request']['context']} tokens"
     return f"{asked}: {state}. {', '.join([*parts, score])}{note}"

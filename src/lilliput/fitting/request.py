@@ -38,6 +38,8 @@ class Options:
     ray: str | None = None
     recover: bool = True
     rivals: bool = True
+    context: int | None = None  # tokens of a language model's text that time and memory are measured with
+    serve: bool = True  # whether ways to serve the best plans are tried
     quiet: bool = False
 
 
@@ -76,5 +78,11 @@ def remembered(workload: Workload, budget: Budget, device: Device, o: Options) -
         "sampler": o.sampler,
         "minutes": o.minutes,
         "seed": o.seed,
+        "context": o.context,
         "command": shlex.join(["lilliput", *sys.argv[1:]]) if "lilliput" in sys.argv[0] else "lilliput.fit(...)",
     }
+
+
+def facts_of(request: dict[str, Any]) -> dict[str, Any]:
+    """What an artifact says of what was asked of it."""
+    return {"context": request["context"]} if request.get("context") else {}

@@ -1,10 +1,11 @@
-"""The main job. `fit` reads top to bottom: measure, aim, probe, search and build, recover, verify, hand over."""
+"""The main job. `fit` reads top to bottom: measure, aim, probe, search and build, serve, recover, verify, hand over."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from lilliput.fitting.progress import Progress
 from lilliput.fitting.record import Run, fresh_folder, summary
 from lilliput.fitting.recover import all_cores, compensate, recover
 from lilliput.fitting.report.page import write_report
-from lilliput.fitting.request import Options, read_options, remembered
+from lilliput.fitting.request import Options, facts_of, read_options, remembered
 from lilliput.fitting.search import lagrangian_seeds, ranked, search
+from lilliput.fitting.serve import FREED, choices, reserve_s, serving_rows, wants_policies
 from lilliput.fitting.space import Genome, Space
 from lilliput.fitting.spaces import build_space, rivals
 from lilliput.fitting.verify import prove, verify
 from lilliput.measuring import Measured, measure, model_times, pick_runtime
-from lilliput.plan import Plan
+from lilliput.plan import Plan, read_serving
 from lilliput.workload import Workload
 
 DEFAULT_BUDGET = "memory<=50%, time_per_token<=50%"
@@ -62,7 +64,7 @@ class Fitted:
 
     def save(self, folder: str | Path) -> Path:
         """Write the artifact somewhere else too."""
-        return save(self.model, folder, self.workload, self.plan)
+        return save(self.model, folder, self.workload, self.plan, facts_of(self.record["request"]))
 
     def summary(self) -> str:
         """One line: what was asked, what came out, what it cost."""
@@ -76,6 +78,7 @@ def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: An
     of reach, with the distance. Ctrl-C keeps the best so far.
     """
     o = read_options(options)
+    workload = workload if o.context is None else workload.at_context(o.context)
     budget = Budget(budget) if isinstance(budget, str) else budget
     start = time.monotonic()
     torch.manual_seed(o.seed)
@@ -100,14 +103,17 @@ class Job:
         self.asked = budget
         self.memory_offset = 0.0
         self.timed: dict[Genome, dict[str, float]] = {}
+        self.serving_rows: list[dict[str, Any]] = []  # what was tried
+        self.served: list[dict[str, Any]] = []  # what of it helps, as candidates
 
     def work(self) -> Fitted:
-        """All eight steps."""
+        """All nine steps."""
         self.measure_original()
         aim(self.workload, self.budget, self.original.values, self.device, self.threads)
         try:
             self.probe()
             self.search_and_build()
+            self.serve()
         except KeyboardInterrupt:
             self.progress.say("stopped by Ctrl-C; keeping the best so far")
             if not self.run.candidates():
@@ -119,6 +125,11 @@ class Job:
         self.progress.step("measuring the original")
         self.runtime = pick_runtime(self.options.runtime, self.workload.model, self.workload)
         self.threads = self.options.threads or torch.get_num_threads()
+        if self.options.context is not None and not self.runtime.keeps_text:
+            raise UserError(
+                f"the runtime {self.runtime.name} keeps no keys and values, so a context says nothing about it; "
+                "leave out context, or take the runtime lean"
+            )
 
         def compute() -> dict[str, Any]:
             found = measure(self.workload, runtime=self.runtime, threads=self.threads, split=None)
@@ -143,6 +154,7 @@ class Job:
             self.device,
             self.runtime,
             self.progress.say,
+            self.reference.cache_bytes if self.reference is not None else 0.0,
         )
         self.timed |= self.space.timed
         self.predictor = Predictor(self.space, timed=self.timed)
@@ -229,9 +241,10 @@ class Job:
         """The optimum of another budget, for the front; of those that are healed every other one."""
         if self.bench.heal_steps and round_ % 2 == 0:
             return []
-        return self._unbuilt(
-            lagrangian_seeds(self.predictor, self.budget.scaled(FRONT[round_ % len(FRONT)]), SAFETY)[:1]
-        )
+        budget = self.budget.scaled(FRONT[round_ % len(FRONT)])
+        if round_ % 2 == 0 and wants_policies(self) and self.reference is not None:  # what a smaller cache would allow
+            budget = self.budget.raised("memory_bytes", FREED * self.reference.cache_bytes)
+        return self._unbuilt(lagrangian_seeds(self.predictor, budget, SAFETY)[:1])
 
     def _build(self, name: str, genome: Genome) -> None:
         plan = self.space.plan(genome)
@@ -258,24 +271,32 @@ class Job:
         return self._by_quality()[0]
 
     def _by_quality(self) -> list[dict[str, Any]]:
-        """Candidates that stay half of `SAFETY` inside every limit by damage, then others by how far they are out."""
+        """Candidates that stay half of `SAFETY` inside every limit by damage, then others by how far they are out; of
+        two that are alike the one that is served in a way of its own."""
 
         def key(c: dict[str, Any]) -> tuple[float, float]:
             slack = self.budget.slack(c["measured"])
             return sum(max(0.0, SAFETY / 2 * (k != "drop") - s) for k, s in slack.items()), c["damage"]
 
-        return sorted(self.run.candidates(), key=key)
+        return sorted([*self.served, *self.run.candidates()], key=key)
+
+    def serve(self) -> None:
+        """Step 6: the best plans in other ways to serve them."""
+        self.progress.step("trying ways to serve")
+        self.serving_rows = serving_rows(self)
+        self.served = choices(self, self.serving_rows)
+        self._timed("serve")
 
     def recover(self, best: dict[str, Any]) -> tuple[Plan, nn.Module]:
-        """Step 6: distil the best for the time that is left, and make good the errors of its rounding.
+        """Step 7: distil the best for the time that is left, and make good the errors of its rounding.
 
         Each is kept only when the validation says it is better.
         """
-        plan, model, damage = Plan.from_yaml(best["plan"]), None, best["damage"]
+        plan, model, damage = Plan.from_yaml(best["plan"]), None, best.get("weights_damage", best["damage"])
         for text, attempt in RECOVERIES.items() if self.options.recover else ():
             self.progress.step(text)
             with all_cores():
-                found = attempt(self.workload, plan, self._left_to_recover())
+                found = attempt(self.workload, plan, self.seconds_left())
             if found is not None and (better := self._damage(found[1])) < damage:
                 (plan, model), damage = found, better
         self._timed("recover")
@@ -288,19 +309,22 @@ class Job:
         return self.judge.judge(self.runtime.prepare(model, self.workload, self.threads) if served else model).damage
 
     def hand_over(self) -> Fitted:
-        """Steps 7 and 8: prove the best candidate in a fresh process, verify on untouched data, save, report.
+        """Steps 8 and 9: prove the best candidate in a fresh process, verify on untouched data, save, report.
 
         A candidate that misses a limit there although it met it while searching gives way to the next, twice at most.
         """
         for best in self._by_quality()[:PROOFS]:
             plan, model = self.recover(best)
+            setting = read_serving(best.get("serving"))
+            plan = dataclasses.replace(plan, serving=setting)
             self.progress.step("proving in a fresh process")
-            artifact = save(model, self.run.folder / "fitted", self.workload, plan)
-            proof = prove(self.bench, model, artifact, best["measured"])
+            facts = facts_of(self.run.read("request"))
+            artifact = save(model, self.run.folder / "fitted", self.workload, plan, facts)
+            proof = prove(self.bench, model, artifact, best["measured"], setting)
             if self.budget.met(proof["measured"]):
                 break
         self.progress.step("verifying on untouched data")
-        checked = verify(self.bench, model, proof, self.budget)
+        checked = verify(self.bench, model, proof, self.budget, setting)
         self._timed("verify")
         record = outcome(self, best, plan, checked, model)
         self.run.write("record", record)
@@ -328,7 +352,13 @@ class Job:
             modelled,
             heal,
             self.memory_offset,
+            self.reference,
         )
+
+    @cached_property
+    def reference(self) -> Any:
+        """The original's session, which keeps the context that all are timed behind; None without one."""
+        return self.runtime.prepare(self.workload.model, self.workload, self.threads) if self.options.context else None
 
     @property
     def light(self) -> Workload:
@@ -337,9 +367,11 @@ class Job:
 
     def _left(self) -> float:
         """Seconds left for searching and building."""
-        return self._left_to_recover() - RECOVERY * self.options.minutes * 60 * (self.bench.heal_steps > 0)
+        healing = RECOVERY * self.options.minutes * 60 * (self.bench.heal_steps > 0)
+        return self.seconds_left() - healing - reserve_s(self)
 
-    def _left_to_recover(self) -> float:
+    def seconds_left(self) -> float:
+        """Seconds left for all but verification and report."""
         limit = self.options.minutes * 60
         reserve = min(RESERVE * self.timings.get("measure", 0.0), limit / 4)
         return limit - reserve - (time.monotonic() - self.start)

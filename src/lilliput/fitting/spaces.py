@@ -20,6 +20,7 @@ def build_space(
     device: Device,
     runtime: Runtime,
     progress: Callable[[str], None],
+    cache_bytes: float = 0.0,
 ) -> Space:
     """The search space of a workload. Raises UserError for a model that no space knows, with what still works."""
     parts = anatomy(workload.model)
@@ -28,7 +29,7 @@ def build_space(
         from lilliput.fitting.decoder_space import decoder_space
 
         return decoder_space(
-            workload, families, original["token_ms"], original["memory_bytes"], threads, device, progress
+            workload, families, original["token_ms"], original["memory_bytes"], threads, device, progress, cache_bytes
         )
     if workload.kind != "causal_lm":
         from lilliput.fitting.feedforward_space import feedforward_space

@@ -10,16 +10,23 @@ from torch import nn
 from lilliput.auditing import quick_audits
 from lilliput.budget import Budget
 from lilliput.fitting.build import Bench
+from lilliput.fitting.policies import under_policy
 from lilliput.measuring import artifact_bytes, fresh_process_memory
+from lilliput.method import CachePolicy
 from lilliput.methods.audit._answers import answers
 from lilliput.metrics import latency, quality
+from lilliput.served import Setting, attention_as_before
 from lilliput.workload import Workload
 
 
-def prove(bench: Bench, model: nn.Module, artifact: Path, quantities: dict[str, float]) -> dict[str, Any]:
-    """Times side by side with the original, memory of a fresh process, bytes on disk; no quality yet."""
+def prove(
+    bench: Bench, model: nn.Module, artifact: Path, quantities: dict[str, float], setting: Setting = None
+) -> dict[str, Any]:
+    """Times side by side with the original, as the artifact is served, memory of a fresh process, bytes on disk; no
+    quality yet."""
     load = latency.wait_until_quiet()
-    taken, comparison = bench.speed(model, rounds=12)
+    with attention_as_before(model):
+        taken, comparison = bench.speed(model, rounds=12, setting=setting)
     measured = quantities | {k: v for k, v in taken.items() if k not in bench.modelled}
     if bench.workload.source:
         measured["memory_bytes"] = float(fresh_process_memory(artifact, bench.runtime.name, bench.threads))
@@ -31,11 +38,17 @@ def prove(bench: Bench, model: nn.Module, artifact: Path, quantities: dict[str, 
     }
 
 
-def verify(bench: Bench, model: nn.Module, proof: dict[str, Any], budget: Budget) -> dict[str, Any]:
-    """The proof with the damage on the test split, looked at once; `budget` is judged on these numbers alone."""
+def verify(
+    bench: Bench, model: nn.Module, proof: dict[str, Any], budget: Budget, setting: Setting = None
+) -> dict[str, Any]:
+    """The proof with the damage on the test split, looked at once, that of a cache policy included; `budget` is judged
+    on these numbers alone."""
     work = bench.workload
     sessions = (bench.runtime.prepare(m, work, bench.threads) for m in (work.model, model))
     found = damage_report(work, *sessions, model)
+    if isinstance(setting, CachePolicy):
+        with attention_as_before(model):
+            found = under_policy(found, work, model, setting)
     measured = proof["measured"] | {"drop": found["drop"]}
     return proof | found | {"measured": measured, "violations": budget.violations(measured)}
 

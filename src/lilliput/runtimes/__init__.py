@@ -49,6 +49,7 @@ class Runtime:
 
     name: ClassVar[str]
     rank: ClassVar[int]  # of those that take a model the lowest is chosen
+    keeps_text: ClassVar[bool] = False  # whether its sessions `generate` with a cache of keys and values
 
     def supports(self, model: nn.Module, workload: Workload) -> list[str]:
         """Why this runtime cannot run the model; empty when it can."""

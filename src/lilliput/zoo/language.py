@@ -15,7 +15,7 @@ from torch import nn
 from lilliput import cache
 from lilliput.errors import UserError, missing_extra
 from lilliput.workload import CausalLM, Workload
-from lilliput.zoo.texts import Corpus, split_windows
+from lilliput.zoo.texts import Corpus, split_windows, token_windows
 
 _VERSION = 1  # of the conversion; raise it when that changes
 LENGTH = 256  # tokens of a window, if the model reads as many
@@ -173,4 +173,7 @@ def model_workload(
         name=name,
         source={"kind": "hf", "config": "config.json"},
         tokenizer=tokenizer,
+        texts=lambda split, length, count: token_windows(
+            tokenizer, list(corpus.split(split).values()), length, count, fewest=1
+        ),
     )

@@ -249,6 +249,53 @@ def _candidate(record: Record, c: Record, keys: list[str]) -> dict[str, Any]:
     }
 
 
+def serving(record: Record) -> dict[str, Any] | None:
+    """Every way to serve a plan that was tried, and what a cache policy adds to the loss; None when none was."""
+    tried = record.get("serving") or {}
+    rows = tried.get("rows") or []
+    if len(rows) < 2:
+        return None
+    keys = [k for k in ("token_ms", "memory_bytes") if any(k in r.get("measured", {}) for r in rows)]
+    chosen = record.get("chosen"), tried.get("chosen")
+    return {
+        "columns": [words.title(k) for k in keys],
+        "rows": [_served(record, r, keys) | {"chosen": chosen == (r["candidate"], r["serving"])} for r in rows],
+        "policy": _policy(record["verify"].get("policy")),
+    }
+
+
+def _served(record: Record, row: Record, keys: list[str]) -> dict[str, Any]:
+    measured, speedup = row.get("measured") or {}, row.get("speedup")
+    gain = f"{speedup['ratio']:.2f} [{speedup['low']:.2f}, {speedup['high']:.2f}]" if speedup else ""
+    said = f"{row['same_text']} texts unchanged" if "same_text" in row else row.get("refused", "")
+    return {
+        "number": row["candidate"],
+        "name": row["label"],
+        "costs": [
+            {
+                "value": words.show(k, measured.get(k)),
+                "over": k in record["limits"] and k in measured and not words.met({k: record["limits"][k]}, measured),
+            }
+            for k in keys
+        ],
+        "cache": words.show("memory_bytes", row.get("cache_bytes")),
+        "damage": words.number(row.get("damage"), 3),
+        "gain": gain,
+        "note": said,
+    }
+
+
+def _policy(found: Record | None) -> str:
+    """What the chosen policy costs on the test data, in words."""
+    if not found:
+        return ""
+    error = f" ± {words.number(found['error'], 2)}" if words.finite(found["error"]) else ""
+    return (
+        f"The cache policy adds {words.number(found['nats'], 3)}{error} nats per token at the end of {found['texts']} "
+        f"test texts of {found['tokens']} tokens; perplexity and drop count it."
+    )
+
+
 def recovered(record: Record) -> str:
     """How the model handed over was made better than the candidate that was chosen; empty when it was not."""
     chosen = next((c for c in record.get("candidates") or [] if c["number"] == record.get("chosen")), None)
@@ -275,6 +322,8 @@ def facts(record: Record) -> list[tuple[str, str]]:
         ("threads", record.get("threads")),
         ("families", ", ".join(r.get("families") or [])),
         ("sampler", r.get("sampler")),
+        ("context", f"{r['context']} tokens" if r.get("context") else None),
+        ("served with", (record.get("serving") or {}).get("label")),
         ("time limit", f"{r['minutes']:g} min" if words.finite(r.get("minutes")) else None),
         ("seed", r.get("seed")),
     ]

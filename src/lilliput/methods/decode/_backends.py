@@ -7,7 +7,7 @@ the decoder of `lilliput.kernels.decoder`, which reads chains.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -118,6 +118,13 @@ class LeanBackend(Backend):
     def __init__(self, model: Any, length: int):
         self.decoder = decoder_for(model)
         self.cache = self.decoder.cache(length)
+
+    @classmethod
+    def of(cls, session: Any) -> Self:
+        """On the decoder and the cache of a session of `runtimes.lean`."""
+        found = cls.__new__(cls)
+        found.decoder, found.cache = session.decoder, session.cache
+        return found
 
     @property
     def filled(self) -> int:

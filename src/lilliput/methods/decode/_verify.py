@@ -12,7 +12,8 @@ sliding windows. `same_text` in `benchmarks/generate.py` counts texts that are e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +93,12 @@ class Loop:
 
     def run(self, ids: Tensor, tally: Tally) -> Tensor:
         """The text ids (1, T) and what follows it."""
-        before, hidden, stopped = ids.shape[1], None, False
-        held = min(self.backend.filled, before - 1)
+        return deque(self.passes(ids, tally), maxlen=1)[0]
+
+    def passes(self, ids: Tensor, tally: Tally) -> Iterator[Tensor]:
+        """The text (1, T) after every pass of the model."""
+        hidden, stopped = None, False
+        held = min(self.backend.filled, ids.shape[1] - 1)
         self.backend.rewind(held)
         while not stopped:
             room = self.longest - ids.shape[1] - 1
@@ -107,8 +112,8 @@ class Loop:
             if self.backend.hidden is not None:
                 hidden = self.backend.hidden[path[-1] + 1 if path else 0]
             tally.steps, tally.drafted = tally.steps + 1, tally.drafted + len(draft.tokens)
-        tally.tokens += ids.shape[1] - before
-        return ids
+            tally.tokens += ids.shape[1] - end
+            yield ids
 
     def _walk(self, logits: Tensor, draft: Draft, ids: Tensor) -> tuple[Tensor, list[int], bool]:
         """The text with the tokens that hold, the drafted nodes among them, and whether it ends there."""

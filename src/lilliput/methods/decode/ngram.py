@@ -39,7 +39,11 @@ class Ngram(Decoder):
             raise UserError(f"Ngram.shortest is {self.shortest}, above longest ({self.longest}); lower it")
 
     def __call__(self, model: Any, input_ids: Tensor, tally: Tally | None = None, **call: Any) -> Tensor:
-        return speculate(model, input_ids, _Lookup(self), self.runtime, tally=tally, **call)
+        return speculate(model, input_ids, self.drafter(), self.runtime, tally=tally, **call)
+
+    def drafter(self) -> Drafter:
+        """What proposes tokens for one text; it needs nothing but the text."""
+        return _Lookup(self)
 
 
 class _Lookup(Drafter):
