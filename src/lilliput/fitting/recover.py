@@ -85,11 +85,12 @@ def compensate(workload: Workload, plan: Plan, seconds: float) -> tuple[Plan, nn
 
 def compensating(plan: Plan) -> Plan | None:
     """The plan with every `Group` replaced by `Gptq` of the same settings; None without any."""
-    steps = [Step(_compensated(s.method), s.layers) if isinstance(s.method, Group) else s for s in plan.steps]
+    steps = [Step(compensated(s.method), s.layers) if isinstance(s.method, Group) else s for s in plan.steps]
     return Plan(steps) if steps != plan.steps else None
 
 
-def _compensated(method: Group) -> Gptq:
+def compensated(method: Group) -> Gptq:
+    """GPTQ in the format of plain rounding."""
     return Gptq(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from lilliput.fitting.request import Options, read_options, remembered
 from lilliput.fitting.search import lagrangian_seeds, ranked, search
 from lilliput.fitting.space import Genome, Space
 from lilliput.fitting.spaces import build_space, rivals
+from lilliput.fitting.student import compare_students, wants_student
 from lilliput.fitting.verify import prove, verify
 from lilliput.measuring import Measured, measure, model_times, pick_runtime
 from lilliput.plan import Plan
@@ -41,7 +43,7 @@ RESERVE = 2.6  # times what measuring took: kept for verification and the report
 RECOVERY = 0.5  # share kept for recovery by distillation where candidates change structure
 FRONT = (0.75, 0.5, 0.35, 1.25)  # shares of the budget whose optima are built too: they show the front, teach the costs
 TRIES = 6  # genomes timed in a round before one is healed and judged, where that takes long
-RECOVERIES = {"recovering by distillation": recover, "making good the rounding": compensate}
+RECOVERIES = {"making good the rounding": compensate, "recovering by distillation": recover}  # the short one first
 PATIENCE = 3  # rounds without a better candidate that end the search
 
 
@@ -100,6 +102,7 @@ class Job:
         self.asked = budget
         self.memory_offset = 0.0
         self.timed: dict[Genome, dict[str, float]] = {}
+        self.made: dict[int, tuple[Plan, nn.Module]] = {}  # number of a candidate -> what it became after recovery
 
     def work(self) -> Fitted:
         """All eight steps."""
@@ -108,6 +111,8 @@ class Job:
         try:
             self.probe()
             self.search_and_build()
+            if compare_students(self):
+                self._timed("students")
         except KeyboardInterrupt:
             self.progress.say("stopped by Ctrl-C; keeping the best so far")
             if not self.run.candidates():
@@ -262,27 +267,35 @@ class Job:
 
         def key(c: dict[str, Any]) -> tuple[float, float]:
             slack = self.budget.slack(c["measured"])
-            return sum(max(0.0, SAFETY / 2 * (k != "drop") - s) for k, s in slack.items()), c["damage"]
+            damage = c.get("recovered", c)["damage"]
+            return sum(max(0.0, SAFETY / 2 * (k != "drop") - s) for k, s in slack.items()), damage
 
         return sorted(self.run.candidates(), key=key)
 
-    def recover(self, best: dict[str, Any]) -> tuple[Plan, nn.Module]:
-        """Step 6: distil the best for the time that is left, and make good the errors of its rounding.
+    def recover(self, best: dict[str, Any], seconds: float = math.inf) -> tuple[Plan, nn.Module]:
+        """Step 6: make good the errors of its rounding, and distil the best for the time that is left or `seconds`.
 
-        Each is kept only when the validation says it is better.
+        Each is kept only when the validation says it is better. What had its time already is only built.
         """
+        if best["number"] in self.made:
+            return self.made[best["number"]]
+        if "recovered" in best:
+            with all_cores():
+                plan = Plan.from_yaml(best["recovered"]["plan"])
+                return plan, plan.apply(self.workload)
+        end = self.left_to_recover() - seconds
         plan, model, damage = Plan.from_yaml(best["plan"]), None, best["damage"]
         for text, attempt in RECOVERIES.items() if self.options.recover else ():
             self.progress.step(text)
             with all_cores():
-                found = attempt(self.workload, plan, self._left_to_recover())
-            if found is not None and (better := self._damage(found[1])) < damage:
+                found = attempt(self.workload, plan, self.left_to_recover() - max(0.0, end))
+            if found is not None and (better := self.damage_of(found[1])) < damage:
                 (plan, model), damage = found, better
         self._timed("recover")
         with all_cores():
             return plan, model or plan.apply(self.workload)
 
-    def _damage(self, model: nn.Module) -> float:
+    def damage_of(self, model: nn.Module) -> float:
         """Of a model, as it serves, on the validation data."""
         served = self.workload.kind != "causal_lm"
         return self.judge.judge(self.runtime.prepare(model, self.workload, self.threads) if served else model).damage
@@ -337,15 +350,20 @@ class Job:
 
     def _left(self) -> float:
         """Seconds left for searching and building."""
-        return self._left_to_recover() - RECOVERY * self.options.minutes * 60 * (self.bench.heal_steps > 0)
+        return self.left_to_recover() - self._kept_for_recovery()
 
-    def _left_to_recover(self) -> float:
+    def _kept_for_recovery(self) -> float:
+        """Seconds that the search leaves, where candidates or students are to be distilled."""
+        return RECOVERY * self.options.minutes * 60 * (self.bench.heal_steps > 0 or wants_student(self))
+
+    def left_to_recover(self) -> float:
         limit = self.options.minutes * 60
         reserve = min(RESERVE * self.timings.get("measure", 0.0), limit / 4)
         return limit - reserve - (time.monotonic() - self.start)
 
     def _timed(self, name: str) -> None:
-        self.timings[name] = time.monotonic() - self.start - sum(self.timings.values())
+        since = time.monotonic() - self.start - sum(self.timings.values())
+        self.timings[name] = self.timings.get(name, 0.0) + since
 
     def _best_line(self) -> str:
         best = self.best()

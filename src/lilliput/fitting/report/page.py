@@ -73,6 +73,7 @@ def _sections(record: Mapping[str, Any]) -> dict[str, Any]:
         "audits": sections.audits(record),
         "candidates": sections.candidates(record),
         "recovered": sections.recovered(record),
+        "rivals": sections.recovered_rivals(record),
         "steps": sections.steps(record),
         "facts": sections.facts(record),
         "commands": sections.commands(record),
