@@ -209,7 +209,9 @@ def test_all_get_equal_time_and_are_noted(job, monkeypatch):
     assert [c["name"] for c in students] == list(SHAPES)
     assert [c["number"] for c in students] == [2, 3]
     assert set(job.made) == {1, 2, 3}
-    assert compare_students(job) is False or len(given) == 2  # a resumed run teaches none again
+    job.left = 300.0
+    assert compare_students(job)  # a resumed run teaches none again
+    assert len(given) == 2
 
 
 def test_too_little_time_leaves_the_search_as_it_was(job):
