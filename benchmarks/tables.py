@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import platform
 from pathlib import Path
 from typing import Any
 
+from lilliput.cache import write_atomically
 from lilliput.device import Device
 
 
@@ -14,9 +16,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]], **facts: Any) -> None:
     """Rows with the same columns, each with the machine's facts behind them."""
     device = Device.here()
     facts = {**facts, "machine": f"{device.cores} cores {platform.machine()}, {' '.join(device.isa)}"}
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*rows[0], *facts])
+    writer.writeheader()
+    writer.writerows({**row, **facts} for row in rows)
+    write_atomically(path, text.getvalue().encode())
     print(f"wrote {path}")

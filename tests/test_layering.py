@@ -19,7 +19,8 @@ MODULES = {
 # A module may import its own layer and those above its line here; the longest matching name counts.
 LAYERS = [
     {"errors", "cache", "hooks"},
-    {"_probe", "budget", "device", "edits", "framing", "method", "paged_store", "_paged_file", "paper", "training"},
+    {"_probe", "budget", "device", "edits", "framing", "method", "paged_store", "_paged_file", "paper"}
+    | {"training", "checkpoints", "data_parallel"},
     {"workload"},
     {"zoo"},
     {"anatomy", "graph", "kernels", "metrics", "moments", "onnx_export", "runtimes"},

@@ -2,13 +2,12 @@
 
 A run that is killed and started again with the same `checkpoint` ends in exactly the state of an uninterrupted one:
 parameters, buffers, optimizer, order of the data, torch's random numbers and callbacks are all stored, without pickle.
+Started by torchrun, several processes train together, each on its rows of every batch.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -21,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lilliput.checkpoints import copy_into_, restore_, save, tensors_of
+from lilliput.data_parallel import Processes, joined
 from lilliput.errors import UserError
 
 Schedule = Callable[[float], float]  # share of the run that is done, 0..1 -> factor on the learning rate
 adamw = partial(torch.optim.AdamW, weight_decay=0.01)
-FORMAT = 1
 
 
 def cosine(warmup: float = 0.05, floor: float = 0.0) -> Schedule:
@@ -72,6 +70,8 @@ class State:
     batches_per_epoch: int
     done: float = 0.0  # share of the run, 0..1
     stop: bool = False
+    lr: float = 0.0  # the highest, as the run was asked for
+    checkpoint: Path | None = None
 
     @property
     def step(self) -> int:
@@ -121,11 +121,11 @@ class KeepBest(Callback):
         state.model.train()
         if self.best is None or self.sign * value > self.sign * self.best:
             self.best = value
-            self.tensors = {name: t.detach().clone() for name, t in _tensors(state.model)}
+            self.tensors = {name: t.detach().clone() for name, t in tensors_of(state.model)}
 
     def on_end(self, state: State) -> None:
         if self.tensors:
-            _copy_into(state.model, self.tensors)
+            copy_into_(state.model, self.tensors)
 
     def memory(self) -> dict[str, Any]:
         return {"best": self.best, **{f"best.{name}": t for name, t in self.tensors.items()}}
@@ -170,6 +170,7 @@ def train(
     checkpoint_every_s: float = 30.0,
     progress: bool | str = False,
     seed: int = 0,
+    data_parallel: bool | None = None,
 ) -> History:
     """Train `model` in place on `loss_fn(model, batch)` until `steps` or `seconds` are used up, whichever is first.
 
@@ -177,22 +178,31 @@ def train(
     parameter; frozen ones are skipped for as long as they are frozen. With `checkpoint` the run is stored there every
     `checkpoint_every_s` seconds and continues from it when the file exists. Ctrl-C ends the run after the step that is
     under way; a second one ends it at once. Raises UserError when the loss or its gradient is not finite.
+
+    In processes that torchrun started, all of which make this call with the same arguments, each takes its share of
+    every batch and only the first one writes; `data_parallel` False trains each on its own, True joins a process group
+    that the program made itself.
     """
     _check(model, batches, steps, seconds)
-    watchers = [*callbacks, *([Progress(progress if isinstance(progress, str) else "training")] if progress else [])]
+    processes = joined(data_parallel)
+    label = progress if isinstance(progress, str) else "training"
+    watchers = [*callbacks, *([Progress(label)] if progress and processes.first else [])]
     floats = [p for p in model.parameters() if p.is_floating_point()]
-    state = State(model, optimizer(floats, lr=lr), History(), len(batches))
+    state = State(model, optimizer(floats, lr=lr), History(), len(batches), lr=lr, checkpoint=checkpoint)
     for group in state.optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     if checkpoint is not None and checkpoint.exists():
         restore_(checkpoint, state, watchers)
+    processes.agree({"weights": sum(p.numel() for p in floats), "batches": len(batches), "finished steps": state.step})
+    processes.spread_(model)
     modes = [(module, module.training) for module in model.modules()]
     model.train()
     _call(watchers, "on_start", state)
     with _deferred_interrupt() as interrupt:
         _run(state, batches, loss_fn, schedule or cosine(), _Limits(steps, seconds), clip_norm, watchers, seed,
-             _Saver(checkpoint, checkpoint_every_s), interrupt)  # fmt: skip
+             _Saver(checkpoint if processes.first else None, checkpoint_every_s), interrupt, processes)  # fmt: skip
     _call(watchers, "on_end", state)
+    processes.spread_(model)
     for module, mode in modes:
         module.training = mode
     return state.history
@@ -225,36 +235,43 @@ class _Saver:
             self.last = time.monotonic()
 
 
-def _run(state, batches, loss_fn, schedule, limits, clip_norm, watchers, seed, saver, interrupt) -> None:
+def _run(state, batches, loss_fn, schedule, limits, clip_norm, watchers, seed, saver, interrupt, processes) -> None:
     before = state.history.seconds
     start = time.perf_counter()
     state.done = limits.done(state.history)
+    state.stop = processes.total(state.stop)[0] > 0
     while state.done < 1 and not state.stop:
         batch = batches[_order(seed, state.epoch, len(batches))[state.step % len(batches)]]
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(state.done)
-        loss = _step_(state, loss_fn, batch, clip_norm)
+        loss = _step_(state, loss_fn, batch, clip_norm, processes)
         state.history.losses.append(loss)
-        state.history.seconds = before + time.perf_counter() - start
+        seconds = before + time.perf_counter() - start
+        state.history.seconds = processes.total(seconds if processes.first else 0.0)[0]
         state.done = limits.done(state.history)
         _call(watchers, "on_step", state)
         if state.step % len(batches) == 0:
             _call(watchers, "on_epoch", state)
         saver.tick(state, watchers)
-        if interrupt.is_set():
-            state.history.interrupted = state.stop = True
+        stopped, interrupted = processes.total(state.stop, interrupt.is_set())
+        state.history.interrupted = interrupted > 0
+        state.stop = stopped + interrupted > 0
     state.history.stopped = state.stop and not state.history.interrupted
     saver.tick(state, watchers, now=True)
+    processes.total(0.0)  # none goes on to read the checkpoint before it is there
 
 
-def _step_(state: State, loss_fn: Callable, batch: Any, clip_norm: float | None) -> float:
-    """One update; the loss before it."""
+def _step_(state: State, loss_fn: Callable, batch: Any, clip_norm: float | None, processes: Processes) -> float:
+    """One update; the loss before it, which is that of the whole batch in every process."""
     state.optimizer.zero_grad(set_to_none=True)
-    loss = loss_fn(state.model, batch)
-    value = float(loss.detach())
+    rows, share = processes.rows(batch)
+    loss = loss_fn(state.model, rows) if share else None
+    value = processes.total(0.0 if loss is None else share * float(loss.detach()))[0]
     _finite(value, "loss", state)
-    loss.backward()
+    if loss is not None:
+        loss.backward()
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    processes.average_(parameters, share)
     norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm)
     _finite(float(norm), "norm of the gradient", state)
     state.optimizer.step()
@@ -264,9 +281,11 @@ def _step_(state: State, loss_fn: Callable, batch: Any, clip_norm: float | None)
 def _finite(value: float, what: str, state: State) -> None:
     if not math.isfinite(value):
         lr = state.optimizer.param_groups[0]["lr"]
+        kept = state.checkpoint is not None and state.checkpoint.exists()
         raise UserError(
             f"the {what} became {value} at step {state.step} (learning rate {lr:.3g}); lower lr, set clip_norm=1.0, "
             "or look for bad values in the data"
+            + (f"; {state.checkpoint} is kept, and the next call goes on from it" if kept else "")
         )
 
 
@@ -308,90 +327,3 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, usual)
-
-
-# --- checkpoints: one safetensors file, the rest of the state as JSON in its header -------------------------------
-
-
-def save(file: Path, state: State, watchers: Sequence[Callback] = ()) -> None:
-    """Write the run to `file`, beside it first and then renamed, so that a crash leaves the old one."""
-    tensors = {f"model.{name}": t for name, t in _tensors(state.model)}
-    optimizer = state.optimizer.state_dict()
-    scalars = {"optimizer": _split(optimizer["state"], "optimizer", tensors)}
-    scalars |= {"callbacks": _split({i: w.memory() for i, w in enumerate(watchers)}, "callback", tensors)}
-    tensors["losses"] = torch.tensor(state.history.losses, dtype=torch.float64)
-    tensors["random"] = torch.get_rng_state()
-    frozen = [name for name, p in state.model.named_parameters() if not p.requires_grad]
-    plain = scalars | {"format": FORMAT, "groups": optimizer["param_groups"], "frozen": frozen}
-    plain |= {"seconds": state.history.seconds, "batches_per_epoch": state.batches_per_epoch}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f"{file.name}.{os.getpid()}.part")
-    packed = {k: t.detach().clone(memory_format=torch.contiguous_format) for k, t in tensors.items()}
-    save_file(packed, beside, {"training": _json(plain)})
-    os.replace(beside, file)
-
-
-def restore_(file: Path, state: State, watchers: Sequence[Callback] = ()) -> None:
-    """Put a stored run back into `state`. Raises UserError for a damaged file or another model's."""
-    try:
-        with safe_open(file, "pt") as stored:
-            plain = json.loads((stored.metadata() or {})["training"])
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, OSError, ValueError) as error:
-        raise UserError(f"checkpoint {file} cannot be read ({error}); delete it to start afresh") from None
-    if plain.get("format") != FORMAT or plain.get("batches_per_epoch") != state.batches_per_epoch:
-        raise UserError(f"checkpoint {file} belongs to another run (format or number of batches); delete it")
-    _copy_into(state.model, _under("model", tensors), file)
-    for name, parameter in state.model.named_parameters():
-        parameter.requires_grad_(name not in plain["frozen"])
-    slots = _join(plain["optimizer"], "optimizer", tensors)
-    flat = [p for group in state.optimizer.param_groups for p in group["params"]]
-    slots = {i: {k: _laid_out_as(flat[i], v) for k, v in slot.items()} for i, slot in slots.items()}
-    state.optimizer.load_state_dict({"state": slots, "param_groups": plain["groups"]})
-    memories = _join(plain["callbacks"], "callback", tensors)
-    for i, watcher in enumerate(watchers):
-        watcher.recall(memories[i]) if memories.get(i) else None
-    state.history.losses, state.history.seconds = tensors["losses"].tolist(), plain["seconds"]
-    torch.set_rng_state(tensors["random"])
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-@torch.no_grad()
-def _copy_into(model: nn.Module, tensors: dict[str, Tensor], file: Path | None = None) -> None:
-    own = dict(_tensors(model))
-    if {k: t.shape for k, t in own.items()} != {k: t.shape for k, t in tensors.items()}:
-        raise UserError(f"checkpoint {file} belongs to another model; delete it or give another path")
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
-
-
-def _laid_out_as(parameter: Tensor, value: Any) -> Any:
-    """Rounding can depend on the memory format (channels_last), so the optimizer's tensors get their parameter's."""
-    same = isinstance(value, Tensor) and value.shape == parameter.shape
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value) if same else value
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(f"{prefix}."): t for k, t in tensors.items() if k.startswith(f"{prefix}.")}
-
-
-def _split(slots: dict[int, dict[str, Any]], prefix: str, tensors: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
-    """Move the tensors of `slots` into `tensors`; what is left is plain."""
-    for i, slot in slots.items():
-        tensors.update({f"{prefix}.{i}.{k}": v for k, v in slot.items() if isinstance(v, Tensor)})
-    return {i: {k: v for k, v in slot.items() if not isinstance(v, Tensor)} for i, slot in slots.items()}
-
-
-def _join(plain: dict[str, dict[str, Any]], prefix: str, tensors: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
-    return {int(i): values | _under(f"{prefix}.{i}", tensors) for i, values in plain.items()}
-
-
-def _json(plain: dict[str, Any]) -> str:
-    try:
-        return json.dumps(plain)
-    except TypeError as error:
-        raise UserError(f"this optimizer or callback cannot be stored ({error}); train without a checkpoint") from None

@@ -114,11 +114,13 @@ class Bench:
         space: Space | None,
         genome: Genome | None,
         predicted: Mapping[str, float] | None = None,
+        model: nn.Module | None = None,
     ) -> dict[str, Any]:
-        """Build, measure and score one plan; everything a record keeps of it."""
-        plan = recovering(plan, self.workload, steps=self.heal_steps) or plan if self.heal_steps else plan
-        with all_cores():
-            model = plan.apply(self.workload)
+        """Build, measure and score one plan; everything a record keeps of it. A `model` that is given is built."""
+        if model is None:
+            plan = recovering(plan, self.workload, steps=self.heal_steps) or plan if self.heal_steps else plan
+            with all_cores():
+                model = plan.apply(self.workload)
         measured = self.quantities(model, space, genome)
         subject = model
         if self.workload.kind != "causal_lm":
@@ -145,6 +147,7 @@ def _both(a: Comparison, b: Comparison) -> Comparison:
     return Comparison(a.ratio * b.ratio, a.low * b.low, a.high * b.high, medians, min(a.rounds, b.rounds))
 
 
-def key_of(plan: Plan) -> str:
-    """A short name for the file of a candidate."""
-    return sha256(plan.to_yaml().encode()).hexdigest()[:12]
+def key_of(plan: Plan | str) -> str:
+    """A short name for the file of a candidate, from its plan or the plan's text."""
+    text = plan if isinstance(plan, str) else plan.to_yaml()
+    return sha256(text.encode()).hexdigest()[:12]

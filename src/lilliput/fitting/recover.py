@@ -1,4 +1,4 @@
-"""Step 6: win back quality: by distillation from the original, between the structural steps and quantization, and by
+"""Step 7: win back quality: by distillation from the original, between the structural steps and quantization, and by
 making good the errors of rounding."""
 
 from __future__ import annotations
@@ -6,9 +6,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ from lilliput.methods.quantize.gptq import Gptq
 from lilliput.methods.quantize.group import Group
 from lilliput.plan import Plan, Step
 from lilliput.workload import Workload
+
+if TYPE_CHECKING:
+    from lilliput.fitting.run import Job
 
 HARD = 0.5  # share of the labels in the loss: on Fashion-MNIST worth 0.3 points
 LR = 2e-3
@@ -85,11 +89,12 @@ def compensate(workload: Workload, plan: Plan, seconds: float) -> tuple[Plan, nn
 
 def compensating(plan: Plan) -> Plan | None:
     """The plan with every `Group` replaced by `Gptq` of the same settings; None without any."""
-    steps = [Step(_compensated(s.method), s.layers) if isinstance(s.method, Group) else s for s in plan.steps]
+    steps = [Step(compensated(s.method), s.layers) if isinstance(s.method, Group) else s for s in plan.steps]
     return Plan(steps) if steps != plan.steps else None
 
 
-def _compensated(method: Group) -> Gptq:
+def compensated(method: Group) -> Gptq:
+    """GPTQ in the format of plain rounding."""
     return Gptq(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
 
 
@@ -109,3 +114,20 @@ def all_cores() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+RECOVERIES = {"making good the rounding": compensate, "recovering by distillation": recover}  # the short one first
+
+
+def recovered(
+    job: Job, plan: Plan, damage: float, seconds_left: Callable[[], float]
+) -> tuple[Plan, nn.Module | None]:
+    """What became of a plan with some damage, and its model when one of the recoveries made it better."""
+    model = None
+    for text, attempt in RECOVERIES.items():
+        job.progress.step(text)
+        with all_cores():
+            found = attempt(job.workload, plan, seconds_left())
+        if found is not None and (better := job.damage_of(found[1])) < damage:
+            (plan, model), damage = found, better
+    return plan, model

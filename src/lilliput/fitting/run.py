@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,13 +24,14 @@ from lilliput.fitting.outcome import outcome
 from lilliput.fitting.predict import Predictor, Sample, violation
 from lilliput.fitting.progress import Progress
 from lilliput.fitting.record import Run, fresh_folder, summary
-from lilliput.fitting.recover import all_cores, compensate, recover
+from lilliput.fitting.recover import all_cores, recovered
 from lilliput.fitting.report.page import write_report
 from lilliput.fitting.request import Options, facts_of, read_options, remembered
 from lilliput.fitting.search import lagrangian_seeds, ranked, search
 from lilliput.fitting.serve import FREED, choices, reserve_s, serving_rows, wants_policies
 from lilliput.fitting.space import Genome, Space
 from lilliput.fitting.spaces import build_space, rivals
+from lilliput.fitting.student import compare_students, wants_student
 from lilliput.fitting.verify import prove, verify
 from lilliput.measuring import Measured, measure, model_times, pick_runtime
 from lilliput.plan import Plan, read_serving
@@ -43,7 +45,6 @@ RESERVE = 2.6  # times what measuring took: kept for verification and the report
 RECOVERY = 0.5  # share kept for recovery by distillation where candidates change structure
 FRONT = (0.75, 0.5, 0.35, 1.25)  # shares of the budget whose optima are built too: they show the front, teach the costs
 TRIES = 6  # genomes timed in a round before one is healed and judged, where that takes long
-RECOVERIES = {"recovering by distillation": recover, "making good the rounding": compensate}
 PATIENCE = 3  # rounds without a better candidate that end the search
 
 
@@ -105,6 +106,7 @@ class Job:
         self.timed: dict[Genome, dict[str, float]] = {}
         self.serving_rows: list[dict[str, Any]] = []  # what was tried
         self.served: list[dict[str, Any]] = []  # what of it helps, as candidates
+        self.made: dict[int, tuple[Plan, nn.Module]] = {}  # number of a candidate -> what it became after recovery
 
     def work(self) -> Fitted:
         """All nine steps."""
@@ -113,6 +115,8 @@ class Job:
         try:
             self.probe()
             self.search_and_build()
+            if compare_students(self):
+                self._timed("students")
             self.serve()
         except KeyboardInterrupt:
             self.progress.say("stopped by Ctrl-C; keeping the best so far")
@@ -276,7 +280,8 @@ class Job:
 
         def key(c: dict[str, Any]) -> tuple[float, float]:
             slack = self.budget.slack(c["measured"])
-            return sum(max(0.0, SAFETY / 2 * (k != "drop") - s) for k, s in slack.items()), c["damage"]
+            damage = c.get("recovered", c)["damage"]
+            return sum(max(0.0, SAFETY / 2 * (k != "drop") - s) for k, s in slack.items()), damage
 
         return sorted([*self.served, *self.run.candidates()], key=key)
 
@@ -287,23 +292,23 @@ class Job:
         self.served = choices(self, self.serving_rows)
         self._timed("serve")
 
-    def recover(self, best: dict[str, Any]) -> tuple[Plan, nn.Module]:
-        """Step 7: distil the best for the time that is left, and make good the errors of its rounding.
+    def recover(self, best: dict[str, Any], seconds: float = math.inf) -> tuple[Plan, nn.Module]:
+        """Step 7: distil the best for the time that is left or `seconds`, and make good the errors of its rounding.
 
-        Each is kept only when the validation says it is better.
+        Each is kept only when the validation says it is better. What had its time already is only built.
         """
-        plan, model, damage = Plan.from_yaml(best["plan"]), None, best.get("weights_damage", best["damage"])
-        for text, attempt in RECOVERIES.items() if self.options.recover else ():
-            self.progress.step(text)
-            with all_cores():
-                found = attempt(self.workload, plan, self.seconds_left())
-            if found is not None and (better := self._damage(found[1])) < damage:
-                (plan, model), damage = found, better
-        self._timed("recover")
+        if best["number"] in self.made:
+            return self.made[best["number"]]
+        done = best.get("recovered")
+        plan, model = Plan.from_yaml((done or best)["plan"]), None
+        if self.options.recover and not done:
+            end, damage = self.seconds_left() - seconds, best.get("weights_damage", best["damage"])
+            plan, model = recovered(self, plan, damage, lambda: self.seconds_left() - max(0.0, end))
+            self._timed("recover")
         with all_cores():
             return plan, model or plan.apply(self.workload)
 
-    def _damage(self, model: nn.Module) -> float:
+    def damage_of(self, model: nn.Module) -> float:
         """Of a model, as it serves, on the validation data."""
         served = self.workload.kind != "causal_lm"
         return self.judge.judge(self.runtime.prepare(model, self.workload, self.threads) if served else model).damage
@@ -366,9 +371,9 @@ class Job:
         return dataclasses.replace(self.workload, calibration=self.workload.calibration[:2])
 
     def _left(self) -> float:
-        """Seconds left for searching and building."""
-        healing = RECOVERY * self.options.minutes * 60 * (self.bench.heal_steps > 0)
-        return self.seconds_left() - healing - reserve_s(self)
+        """Seconds left for searching and building; what distilling candidates or students takes is kept."""
+        distils = self.bench.heal_steps > 0 or wants_student(self)
+        return self.seconds_left() - distils * RECOVERY * self.options.minutes * 60 - reserve_s(self)
 
     def seconds_left(self) -> float:
         """Seconds left for all but verification and report."""
@@ -377,7 +382,8 @@ class Job:
         return limit - reserve - (time.monotonic() - self.start)
 
     def _timed(self, name: str) -> None:
-        self.timings[name] = time.monotonic() - self.start - sum(self.timings.values())
+        since = time.monotonic() - self.start - sum(self.timings.values())
+        self.timings[name] = self.timings.get(name, 0.0) + since
 
     def _best_line(self) -> str:
         best = self.best()

@@ -87,15 +87,20 @@ def plans_to_serve(job: Job) -> list[dict[str, Any]]:
         broken = [key for key, slack in job.budget.slack(c["measured"]).items() if slack < 0]
         return bool(broken) and all(c["measured"][key] <= out_by.get(key, 0) for key in broken)
 
-    hopeful = [c for c in job.run.candidates() if c["damage"] < best["damage"] and mendable(c)]
-    return [*sorted(hopeful, key=lambda c: c["damage"])[: MOST_PLANS - 1], best]
+    hopeful = [c for c in job.run.candidates() if damage_of(c) < damage_of(best) and mendable(c)]
+    return [*sorted(hopeful, key=damage_of)[: MOST_PLANS - 1], best]
+
+
+def damage_of(candidate: dict[str, Any]) -> float:
+    """Of a candidate, after recovery where it had its time already."""
+    return candidate.get("recovered", candidate)["damage"]
 
 
 def choices(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that help, each as the candidate it is of: drafts that are faster, policies where no plan alone meets
     the budget or where they lose less than the best that does, by more than the noise."""
     built, best = {c["number"]: c for c in job.run.candidates()}, job.best()
-    least = best["damage"] - best["damage_error"] if job.budget.met(best["measured"]) else float("inf")
+    least = damage_of(best) - best["damage_error"] if job.budget.met(best["measured"]) else float("inf")
     found = []
     for row in rows:
         lossless = "same_text" in row
@@ -103,7 +108,10 @@ def choices(job: Job, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         if row["speedup"]["low"] > 1 if lossless else row["damage"] < least:
             own = built[row["candidate"]]
-            found.append(own | row | {"weights_damage": own["damage"]})
+            served = own | row | {"weights_damage": own["damage"]}
+            if "recovered" in own:
+                served["recovered"] = own["recovered"] | {"damage": row["damage"]}
+            found.append(served)
     return found
 
 
@@ -116,7 +124,7 @@ class Trial:
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each way that is tried; when the time is up no other one begins, but one is always tried."""
-        found = [self._row(None, {"measured": self.candidate["measured"], "damage": self.candidate["damage"]})]
+        found = [self._row(None, {"measured": self.candidate["measured"], "damage": damage_of(self.candidate)})]
         for setting in self._settings(found):
             if len(found) > 1 and self.job.seconds_left() <= 0:
                 break
@@ -176,7 +184,7 @@ class Trial:
         measured = self.candidate["measured"]
         return {
             "measured": measured | {"token_ms": measured["token_ms"] / gain.ratio},
-            "damage": self.candidate["damage"],
+            "damage": damage_of(self.candidate),
             "damage_error": self.candidate["damage_error"],
             "speedup": _interval(gain),
             "same_text": f"{same} of {gain.rounds}",
@@ -200,7 +208,7 @@ class Trial:
         }
         return {
             "measured": measured,
-            "damage": own["damage"] + nats,
+            "damage": damage_of(own) + nats,
             "damage_error": own["damage_error"] + (error if len(self.texts) > 1 else 0.0),
             "speedup": _interval(gain),
             "cache_bytes": size,
@@ -212,6 +220,8 @@ class Trial:
     @cached_property
     def model(self) -> nn.Module:
         """The candidate's model, built when something has to be measured."""
+        if self.candidate["number"] in self.job.made:
+            return self.job.made[self.candidate["number"]][1]
         with all_cores():
             return Plan.from_yaml(self.candidate["plan"]).apply(self.job.light)
 

@@ -74,6 +74,7 @@ def _sections(record: Mapping[str, Any]) -> dict[str, Any]:
         "candidates": sections.candidates(record),
         "recovered": sections.recovered(record),
         "serving": sections.serving(record),
+        "rivals": sections.recovered_rivals(record),
         "steps": sections.steps(record),
         "facts": sections.facts(record),
         "commands": sections.commands(record),

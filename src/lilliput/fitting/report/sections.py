@@ -304,6 +304,13 @@ def recovered(record: Record) -> str:
     return " and ".join(how for name, how in RECOVERIES.items() if name in record["plan"])
 
 
+def recovered_rivals(record: Record) -> str:
+    """The damage of those that were given time to recover before one was chosen; empty where none competed."""
+    given = [(c["name"], c["recovered"]) for c in record.get("candidates") or [] if c.get("recovered")]
+    said = [f"{words.pretty(n)} {words.number(r['damage'], 3)} nats ({words.seconds(r['seconds'])})" for n, r in given]
+    return ", ".join(said) if len(said) > 1 else ""
+
+
 def steps(record: Record) -> list[dict[str, Any]]:
     """Seconds of each step and its share of all."""
     spent = {k: v for k, v in (record.get("seconds") or {}).items() if words.finite(v) and v >= 0}
