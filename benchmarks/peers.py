@@ -37,7 +37,7 @@ GGUF = {"smollm2-135m": "smollm2-gguf", "gemma3-270m": "gemma3-gguf"}
 FILE_TYPES = {"Q4_0": 2, "Q8_0": 7}  # llama.cpp's numbers
 PROMPT, NEW, LONG_PROMPT = 128, 64, 512
 SETTLE_S = 0.5
-SPINS = 100_000_000  # of a waiting OpenMP thread: less than SETTLE_S
+SPINS = 5_000_000  # of a waiting OpenMP thread: some tens of milliseconds
 WINDOWS = 12  # of the test text that perplexity is taken on
 OURS = ("int4-64", "int4-32", "int8", "float32")
 

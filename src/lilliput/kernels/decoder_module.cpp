@@ -100,7 +100,7 @@ void rotate_heads(uintptr_t x, int64_t tokens, int64_t heads, int64_t dim, uintp
 /// queries and out (tokens, heads, dim), keys and values (kv_heads, length, dim)
 void attend_heads(uintptr_t queries, int64_t tokens, int64_t heads, int64_t dim, int64_t position, uintptr_t keys,
                   uintptr_t values, int64_t kv_heads, int64_t length, int64_t window, uintptr_t out) {
-  std::vector<float> scores(kQueries * score_room(position + tokens));
+  std::vector<float> scores(kQueries * (score_room(position + tokens) + dim));
   for (int64_t t = 0; t < tokens; t += kQueries) {
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t from = (t * heads + h) * dim, kv = h / (heads / kv_heads) * length * dim;

@@ -87,8 +87,21 @@ void transpose(Floats (&rows)[kWidth]) {
   if constexpr (Step > 1) transpose<Step / 2>(rows);
 }
 
-/// Scores of all queries for kWidth keys, a lane each, after the keys were transposed.
-void score_keys(const Attention& a, int64_t start, int64_t last, float* scores, int64_t room) {
+/// kQueries queries as (dim, kQueries): a product reads those of a dimension side by side.
+void interleave(const Attention& a, float* packed) {
+  for (int64_t d = 0; d < a.dim; d += kWidth) {
+    const int64_t depth = a.dim - d < kWidth ? a.dim - d : kWidth;
+    for (int q = 0; q < kQueries; q += kWidth) {
+      Floats rows[kWidth];
+      for (int i = 0; i < kWidth; ++i) rows[i] = load_part(a.queries + (q + i) * a.query_stride + d, depth);
+      transpose(rows);
+      for (int i = 0; i < depth; ++i) store(rows[i], packed + (d + i) * kQueries + q);
+    }
+  }
+}
+
+/// Scores of kQueries interleaved queries for kWidth keys, a lane each, after the keys were transposed.
+void score_keys(const Attention& a, const float* packed, int64_t start, int64_t last, float* scores, int64_t room) {
   Floats sums[kQueries] = {};
   for (int64_t d = 0; d < a.dim; d += kWidth) {
     const int64_t depth = a.dim - d < kWidth ? a.dim - d : kWidth;
@@ -97,14 +110,12 @@ void score_keys(const Attention& a, int64_t start, int64_t last, float* scores, 
       keys[k] = load_part(a.keys + (start + k < last ? start + k : last - 1) * a.dim + d, depth);
     }
     transpose(keys);
-    for (int64_t i = 0; i < depth; ++i) {
-      for (int q = 0; q < kQueries; ++q) {
-        const float query = a.queries[(q < a.count ? q : 0) * a.query_stride + d + i];
-        sums[q] = fused(keys[i], query, sums[q]);
-      }
+    const float* queries = packed + d * kQueries;
+    for (int64_t i = 0; i < depth; ++i, queries += kQueries) {
+      for (int q = 0; q < kQueries; ++q) sums[q] = fused(keys[i], queries[q], sums[q]);
     }
   }
-  for (int q = 0; q < a.count; ++q) store(sums[q], scores + q * room);
+  for (int q = 0; q < kQueries; ++q) store(sums[q], scores + q * room);
 }
 
 /// Scores -> e^(score - largest) of those in reach, 0 for the others; returns the sum.
@@ -170,8 +181,10 @@ void attend(const Attention& a, float* scores) {
   if (a.count < kQueries) {  // in the order of a single query, so that a few tokens at once give what each gives alone
     for (int q = 0; q < a.count; ++q) score_one(a, q, first, last, scores + q * room);
   } else {
+    float* packed = scores + kQueries * room;
+    interleave(a, packed);
     for (int64_t start = first; start < last; start += kWidth) {
-      score_keys(a, start, last, scores + start - first, room);
+      score_keys(a, packed, start, last, scores + start - first, room);
     }
   }
   float sums[kQueries];

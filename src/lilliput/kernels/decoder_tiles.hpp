@@ -29,7 +29,7 @@ struct DecoderTiles {
   void (*rms_norm)(const float* x, const Norm& norm, int64_t width, float* y);
   /// Rotary position in place: x cos + (halves of x swapped, the first one negated) sin, then times `scaling`.
   void (*rotate)(float* x, const float* cos, const float* sin, int64_t dim, float scaling);
-  /// out = softmax(q k^T) v. `scores` has room for kQueries times `score_room(keys)` floats.
+  /// out = softmax(q k^T) v. `scores` has room for kQueries times `score_room(keys)` + dim floats.
   void (*attend)(const Attention& attention, float* scores);
   /// y = activation(gate) * up
   void (*gate)(Activation activation, const float* gate, const float* up, int64_t count, float* y);

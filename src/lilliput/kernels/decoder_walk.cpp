@@ -58,7 +58,7 @@ namespace {
 
 /// The largest sizes that any step needs, per token.
 struct Sizes {
-  int64_t q = 0, kv = 0, middle = 0, between = 0, input = 0, pieces = 0, tables = 0, sparse = 0;
+  int64_t q = 0, kv = 0, head_dim = 0, middle = 0, between = 0, input = 0, pieces = 0, tables = 0, sparse = 0;
 
   void see(const Linear& linear) {
     for (const Matrix& m : linear.factors) {
@@ -73,6 +73,7 @@ struct Sizes {
     for (const Linear* l : {&b.q, &b.k, &b.v, &b.o, &b.gate, &b.up, &b.down}) see(*l);
     q = std::max(q, b.heads * b.head_dim);
     kv = std::max(kv, b.kv_heads * b.head_dim);
+    head_dim = std::max(head_dim, b.head_dim);
     middle = std::max(middle, rows_of(b.gate.factors.back()));
     if (b.sparse) sparse = std::max(sparse, b.sparse->neurons());
   }
@@ -107,7 +108,7 @@ void Workspace::grow(const Decoder& decoder, int64_t width, const Linear& head, 
   if (static_cast<int>(own.size()) < threads) own.resize(threads);
   for (Own& each : own) {
     grow_inputs(each.inputs, sizes, std::min(tokens, kOwnTokens));  // also of the head of a prompt
-    each.scores.of(std::min<int64_t>(tokens, kQueries) * score_room(keys));
+    each.scores.of(std::min<int64_t>(tokens, kQueries) * (score_room(keys) + sizes.head_dim));
   }
 }
 
