@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import Anatomy, anatomy, in_out, is_conv1d, needs_blocks
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import attached, evaluating
 from lilliput.methods.prune.depth import shorten_config_
 
 WIDTH, HEADS, KV, FFN = "width", "rows of query heads", "rows of key-value heads", "feed-forward neurons"
@@ -323,12 +323,8 @@ def _norm_before(model: nn.Module, head: str | None) -> str | None:
     handles = [model.get_submodule(head).register_forward_pre_hook(look)] if head else []
     for name in vectors:
         handles.append(model.get_submodule(name).register_forward_hook(partial(note, name)))
-    try:
-        with torch.no_grad(), evaluating(model):
-            model(random_input(model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(handles), torch.no_grad(), evaluating(model):
+        model(random_input(model))
     return found[-1] if found else None
 
 
