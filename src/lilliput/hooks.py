@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -58,6 +59,17 @@ def channels_last(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def attached(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Within the block the hooks are there; afterwards all are removed."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def watching(model: nn.Module, names: Iterable[str], seen: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
     """Calls `seen(name, layer, input)` whenever one of the named layers runs: its first tensor, detached."""
     handles = []
@@ -67,11 +79,8 @@ def watching(model: nn.Module, names: Iterable[str], seen: Callable[[str, nn.Mod
             seen(name, layer, next(tensors_in((*args, *kwargs.values()))).detach())
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    with attached(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating, watching
+from lilliput.hooks import attached, evaluating, watching
 
 if TYPE_CHECKING:
     from lilliput.workload import Batch, Workload
@@ -193,14 +193,10 @@ def gradient_moments(
         model.get_submodule(name).register_forward_hook(lambda layer, args, out, name=name: output(name, layer, out))
         for name in names
     ]
-    try:
-        with evaluating(model), _frozen(model), collecting(model, names) as found:
-            for batch in workload.calibration:
-                size = len(next(iter(batch.values())))
-                workload.loss(model, batch).backward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(handles), evaluating(model), _frozen(model), collecting(model, names) as found:
+        for batch in workload.calibration:
+            size = len(next(iter(batch.values())))
+            workload.loss(model, batch).backward()
     fisher = {name: _mean_square(name, *squares[name]) for name in names}
     return {name: _squeeze(moments.gram) for name, moments in found.items()}, fisher
 

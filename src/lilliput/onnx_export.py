@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating, tensors_in
+from lilliput.hooks import attached, evaluating, tensors_in
 from lilliput.workload import Batch, Workload, is_input
 
 OPSET = 19  # the first in which the reference evaluator knows DequantizeLinear
@@ -196,11 +196,8 @@ def expected_error(model: nn.Module, run: Callable[[], Tensor]) -> float:
 
     expected = run()
     handles = [layer.register_forward_pre_hook(disturb) for layer in layers]
-    try:
+    with attached(handles):
         return max(LEAST_ERROR, 3 * relative_error(run(), expected))
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _named(example: Example) -> tuple[Batch, Forward]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lilliput.device import Device
 from lilliput.errors import UserError
+from lilliput.hooks import attached
 from lilliput.metrics.memory import weight_bytes
 
 _COUNTED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -57,12 +58,8 @@ def layer_costs(model: nn.Module, *args: Any, **kwargs: Any) -> list[LayerCost]:
         )
         for name, module in _counted(model)
     ]
-    try:
-        with torch.inference_mode():
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with attached(hooks), torch.inference_mode():
+        model(*args, **kwargs)
     return costs
 
 

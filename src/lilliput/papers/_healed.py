@@ -12,7 +12,7 @@ from lilliput.methods.cache._cache import held_bytes
 from lilliput.methods.distill.logits import Logits
 from lilliput.metrics.memory import weight_bytes
 from lilliput.paper import Row
-from lilliput.papers._paired import advantage
+from lilliput.papers._paired import advantage, mean_and_spread
 from lilliput.workload import Workload
 
 BATCH = 8
@@ -45,10 +45,8 @@ class Found:
         """Means; the spread of the losses is over seeds, of a single one the standard error over windows."""
         values, spread = dict(self.values), {}
         for key, losses in (("unhealed", self.unhealed), ("healed", self.healed)):
-            means = torch.stack([loss.double().mean() for loss in losses])
-            values[f"{key}_nats_per_token"] = float(means.mean())
-            single = losses[0].double().std() / len(losses[0]) ** 0.5
-            spread[f"{key}_nats_per_token"] = float(means.std() if len(means) > 1 else single)
+            unit = f"{key}_nats_per_token"
+            values[unit], spread[unit] = mean_and_spread(losses)
         return Row(name, values, spread)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lilliput.metrics.latency import Comparison, paired_ratio
 from lilliput.paper import Row
 from lilliput.papers._healed import close
-from lilliput.papers._paired import advantage
+from lilliput.papers._paired import advantage, mean_and_spread
 from lilliput.runtimes import find_runtime
 from lilliput.training import Callback, History, train
 from lilliput.workload import Batch, Workload
@@ -129,12 +129,8 @@ class Contender:
 
     def row(self, name: str) -> Row:
         """Accuracy with its spread over seeds, or its standard error when there is one seed, and what else is known."""
-        means = [float(r.mean()) for r in self.right]
-        single = float(self.right[0].std()) / len(self.right[0]) ** 0.5
-        spread = statistics.stdev(means) if len(means) > 1 else single
-        return Row(
-            name, {**self.values, "accuracy_percent": self.accuracy}, {**self.spread, "accuracy_percent": spread}
-        )
+        mean, spread = mean_and_spread(self.right)
+        return Row(name, {**self.values, "accuracy_percent": mean}, {**self.spread, "accuracy_percent": spread})
 
 
 def difference(of: Contender, over: Contender) -> tuple[float, float]:

@@ -38,6 +38,14 @@ def advantage_by_seed(ours: Sequence[float], other: Sequence[float]) -> tuple[fl
     return statistics.fmean(gains), error
 
 
+def mean_and_spread(per_seed: Sequence[Tensor]) -> tuple[float, float]:
+    """Of values (samples,) for every seed the mean, and the deviation of the means over seeds; that of a single seed is
+    its standard error over samples."""
+    means = torch.stack([values.double().mean() for values in per_seed])
+    single = per_seed[0].double().std() / len(per_seed[0]) ** 0.5
+    return float(means.mean()), float(means.std() if len(means) > 1 else single)
+
+
 class Scored(Protocol):
     """What was measured of a contender."""
 

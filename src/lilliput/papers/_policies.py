@@ -13,7 +13,7 @@ from optuna.distributions import IntDistribution
 from optuna.study import StudyDirection
 from torch import Tensor, nn
 
-from lilliput.hooks import renewing_norms
+from lilliput.hooks import attached, renewing_norms
 from lilliput.methods.factorize.tucker import Tucker
 from lilliput.methods.prune.channels import Channels
 from lilliput.training import train
@@ -146,9 +146,8 @@ def costs(model: nn.Module, example: Tensor) -> tuple[float, float]:
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [m.register_forward_hook(count) for m in layers]
-    model(example[:1])
-    for hook in hooks:
-        hook.remove()
+    with attached(hooks):
+        model(example[:1])
     return total, float(sum(p.numel() for p in model.parameters()))
 
 

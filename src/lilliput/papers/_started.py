@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lilliput.hooks import evaluating
 from lilliput.paper import Row
+from lilliput.papers._paired import mean_and_spread
 from lilliput.training import Callback, State, train
 from lilliput.workload import Workload
 
@@ -111,22 +112,21 @@ def as_many_more(runs: Sequence[Run], steps: int) -> int:
 
 def row(name: str, runs: Sequence[Run], unit: str) -> Row:
     """Means of a contender; the spread is over seeds, of a single one the standard error over samples."""
-    means = torch.stack([run.losses.double().mean() for run in runs])
-    single = runs[0].losses.double().std() / len(runs[0].losses) ** 0.5
+    mean, spread = mean_and_spread([run.losses for run in runs])
     values = {
-        unit: float(means.mean()),
+        unit: mean,
         "start_s": sum(run.start_s for run in runs) / len(runs),
         "training_s": sum(run.seconds for run in runs) / len(runs),
         "samples": sum(run.samples for run in runs) / len(runs),
         "learning_rate": runs[0].lr,
     }
-    return Row(name, values, {unit: float(means.std() if len(means) > 1 else single)})
+    return Row(name, values, {unit: spread})
 
 
 def parent_row(name: str, work: Workload, unit: str) -> Row:
     """The workload's own model, which is trained already; the spread is the standard error over samples."""
-    found = losses(work, work.model, "test").double()
-    return Row(name, {unit: float(found.mean())}, {unit: float(found.std() / len(found) ** 0.5)})
+    mean, spread = mean_and_spread([losses(work, work.model, "test")])
+    return Row(name, {unit: mean}, {unit: spread})
 
 
 def gain(ours: Sequence[Run], other: Sequence[Run]) -> tuple[float, float]:

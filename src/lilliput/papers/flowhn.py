@@ -16,7 +16,7 @@ from lilliput.metrics.latency import Comparison, wait_until_quiet
 from lilliput.paper import Evidence, Paper, Row
 from lilliput.papers._healed import Effort, clearly, language_work, said
 from lilliput.papers._low_rank import interleave, middle, speedup, weights
-from lilliput.papers._paired import advantage
+from lilliput.papers._paired import advantage, mean_and_spread
 from lilliput.training import train
 from lilliput.workload import Workload
 
@@ -87,11 +87,9 @@ class Found:
 
     def row(self, name: str) -> Row:
         """Means; the spread of the losses is over seeds, of a single one the standard error over windows."""
-        means = torch.stack([loss.double().mean() for loss in self.losses])
-        single = self.losses[0].double().std() / len(self.losses[0]) ** 0.5
-        values = {"nats_per_token": float(means.mean()), "tokens_trained": sum(self.tokens) / len(self.tokens)}
-        spread = {"nats_per_token": float(means.std() if len(means) > 1 else single)}
-        return Row(name, values | self.values, spread | self.spread)
+        mean, spread = mean_and_spread(self.losses)
+        values = {"nats_per_token": mean, "tokens_trained": sum(self.tokens) / len(self.tokens)}
+        return Row(name, values | self.values, {"nats_per_token": spread} | self.spread)
 
 
 def experiment(seed: int = 0, full: bool = False) -> Evidence:

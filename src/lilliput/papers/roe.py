@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lilliput.hooks import attached
 from lilliput.methods.experts._routing import mixtures_of, routers_of
 from lilliput.methods.experts.roe import NAME, PROBABILITIES, RoE, averaged, clean_cache
 from lilliput.paper import Evidence, Paper, Row
@@ -201,11 +202,8 @@ def dropping(model: nn.Module, rate: float, samples: int, generator: torch.Gener
         return output * keep
 
     handles = [model.get_submodule(part.name).register_forward_hook(hook) for part in mixtures_of(model, NAME)]
-    try:
+    with attached(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def temperatures(plain: Answer, tuning: Tensor, samples: int) -> Answer:

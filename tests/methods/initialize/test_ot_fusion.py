@@ -136,6 +136,15 @@ def test_sinkhorn_tends_to_the_exact_coupling_and_to_none():
     torch.testing.assert_close(rest, rest[:1].expand(6, 4), rtol=0, atol=1e-9)
 
 
+def test_sinkhorn_stops_when_rows_sum_well_enough(monkeypatch):
+    cost = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)).double()
+    found = {rounds: sinkhorn(cost, 0.1, rounds) for rounds in (1, 2, 5000)}
+    monkeypatch.setattr("lilliput.methods.initialize._coupling.TOLERANCE", 0.6)
+    assert float((6 * found[1].sum(1) - 1).abs().max()) < 0.6
+    assert torch.equal(sinkhorn(cost, 0.1), found[1])
+    assert not torch.equal(found[2], found[1])
+
+
 def test_widths_that_share_no_divisor_are_refused_where_they_are_large():
     assert math.lcm(97, 64) > 4096
     with pytest.raises(UserError, match="97 and 64 neurons have 6208 as their least common multiple"):
@@ -159,6 +168,15 @@ def test_hidden_neurons_of_a_chain_are_found_with_their_norms():
         Hidden(("conv2",), ("bn2",), "fc1"),
         Hidden(("fc1",), (), "fc2"),
     ]
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e4])
+def test_what_is_proved_does_not_depend_on_the_size_of_the_answers(factor):
+    model = mlp()
+    with torch.no_grad():
+        for parameter in model[5].parameters():
+            parameter.mul_(factor)
+    assert len(hidden_layers(model, work_of(model, 4))) == 2
 
 
 def test_hidden_neurons_of_a_llama_are_those_of_its_feed_forward_parts(llama_work):

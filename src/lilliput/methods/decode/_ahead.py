@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import anatomy, in_out, needs_blocks
 from lilliput.errors import UserError
-from lilliput.hooks import watching
+from lilliput.hooks import attached, watching
 from lilliput.methods.decode._backends import TorchBackend, additive, check_masked, head_name
 from lilliput.methods.decode._draft import NOTHING, Draft
 from lilliput.methods.decode._trained import Part
@@ -68,11 +68,8 @@ class Rows(Part):
                 return torch.cat([y[:, :tokens], y[:, tokens:] + more.to(y.dtype)], 1)
 
             handles.append(model.get_submodule(name).register_forward_hook(hook))
-        try:
+        with attached(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 SomeRows = TypeVar("SomeRows", bound=Rows)
@@ -145,11 +142,8 @@ class _Ride:
         hooks = [self._pass_below] * entry + [self._enter] + [self._pass_above] * (len(blocks) - entry - 1)
         handles = [b.register_forward_pre_hook(h, with_kwargs=True) for b, h in zip(blocks, hooks)]
         handles.append(blocks[-1].register_forward_hook(self._leave))
-        try:
+        with attached(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _pass_below(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if self.below is None:
@@ -218,11 +212,9 @@ class Reading:
             found.update(kwargs, read=args[0])
 
         handle = self.blocks[0].register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            with torch.no_grad(), watching(model, [head_name(model)], lambda name, layer, x: found.update(hidden=x)):
-                self.logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
-        finally:
-            handle.remove()
+        heads = watching(model, [head_name(model)], lambda name, layer, x: found.update(hidden=x))
+        with attached([handle]), torch.no_grad(), heads:
+            self.logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
         self.read, self.hidden, self.kwargs = found.pop("read"), found.pop("hidden"), found
 
     def ahead(self, part: Rows, anchors: Tensor) -> Tensor:

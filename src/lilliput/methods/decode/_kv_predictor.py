@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import anatomy, in_out
 from lilliput.errors import UserError
+from lilliput.hooks import attached
 from lilliput.kernels.decoder import decoder_for
 from lilliput.kernels.decoder_parts import Parts, normed, parts_of, refusals, rotated
 from lilliput.zoo.language import load_model
@@ -189,11 +190,8 @@ def hooked(model: nn.Module, names: Names, act: Callable[[str, Tensor], Tensor |
             return act(name, output)
 
         handles.append(model.get_submodule(name).register_forward_hook(hook))
-    try:
+    with attached(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def keys_and_values(model: Any, names: Names, ids: Tensor) -> Pairs:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import anatomy, in_out
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import attached, evaluating
 from lilliput.method import knob
 from lilliput.methods.distill.logits import (
     LEARNS,
@@ -148,11 +148,8 @@ def captured(model: nn.Module, names: list[str]) -> Iterator[States]:
         return hook
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in dict.fromkeys(names)]
-    try:
+    with attached(handles):
         yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

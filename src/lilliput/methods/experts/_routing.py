@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import Mixture, anatomy
 from lilliput.errors import UserError
+from lilliput.hooks import attached
 
 
 class Routed(NamedTuple):
@@ -62,11 +63,8 @@ def at_routers(routers: Sequence[nn.Module], see: See) -> Iterator[None]:
             return see(index, args[0], _routed(module, output))
 
         handles.append(router.register_forward_hook(hook))
-    try:
+    with attached(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _routed(router: nn.Module, output: Any) -> Routed:

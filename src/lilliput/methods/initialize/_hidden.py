@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import anatomy, is_conv1d
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import attached, evaluating
 from lilliput.methods.prune._surgery import plain, refuse_replaced
 from lilliput.workload import Workload
 
@@ -79,12 +79,8 @@ def _running(model: nn.Module, workload: Workload) -> list[str]:
         model.get_submodule(name).register_forward_pre_hook(lambda _, __, name=name: order.append(name))
         for name in owners
     ]
-    try:
-        with torch.no_grad(), evaluating(model):
-            workload.forward(model, workload.example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(handles), torch.no_grad(), evaluating(model):
+        workload.forward(model, workload.example)
     if twice := next((name for name in order if order.count(name) > 1), None):
         raise _no_chain(model, f"{twice!r} runs twice")
     return order

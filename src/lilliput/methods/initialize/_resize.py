@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import Anatomy, anatomy, in_out, is_conv1d, needs_blocks
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import attached, evaluating
+from lilliput.method import Method
 from lilliput.methods.prune.depth import shorten_config_
 
 WIDTH, HEADS, KV, FFN = "width", "rows of query heads", "rows of key-value heads", "feed-forward neurons"
@@ -67,6 +68,16 @@ class Place(NamedTuple):
     source: str  # the parent's tensor
     block: int | None  # of the parent; None outside the blocks
     axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Resizing(Method):
+    """Base of the methods that make a model of other sizes."""
+
+    def targets(self, model: nn.Module) -> Iterator[str]:
+        """The list of blocks, which stands for the whole model. Raises UserError for models that cannot be resized."""
+        parent_sizes(model, self.name())
+        yield anatomy(model).block_list
 
 
 # --- the parent ------------------------------------------------------------------------------------------------------
@@ -323,12 +334,8 @@ def _norm_before(model: nn.Module, head: str | None) -> str | None:
     handles = [model.get_submodule(head).register_forward_pre_hook(look)] if head else []
     for name in vectors:
         handles.append(model.get_submodule(name).register_forward_hook(partial(note, name)))
-    try:
-        with torch.no_grad(), evaluating(model):
-            model(random_input(model))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(handles), torch.no_grad(), evaluating(model):
+        model(random_input(model))
     return found[-1] if found else None
 
 

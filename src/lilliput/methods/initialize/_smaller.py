@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from lilliput.anatomy import anatomy
 from lilliput.errors import UserError
-from lilliput.method import Method, knob
-from lilliput.methods.initialize._resize import WIDTH, Axis, Place, Sizes, check_sizes, parent_sizes, resized
+from lilliput.method import knob
+from lilliput.methods.initialize._resize import WIDTH, Axis, Place, Resizing, Sizes, check_sizes, parent_sizes, resized
 from lilliput.methods.prune.heads import rows_of
 from lilliput.workload import Workload
 
@@ -32,18 +31,13 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Smaller(Method):
+class Smaller(Resizing):
     """Base of the methods that start a small model from parts of a large one: the sizes and the cutting."""
 
     width: float = knob(0.5, low=0.01, high=1.0, help="share of the residual stream's features that stay")
     heads: float = knob(0.5, low=0.01, high=1.0, help="share of the key-value heads, each with its queries, that stay")
     ffn: float = knob(0.5, low=0.01, high=1.0, help="share of a block's feed-forward neurons that stay")
     depth: float = knob(0.5, low=0.01, high=1.0, help="share of the blocks that stay")
-
-    def targets(self, model: nn.Module) -> Iterator[str]:
-        """The list of blocks, which stands for the whole model. Raises UserError for models that cannot be cut."""
-        parent_sizes(model, self.name())
-        yield anatomy(model).block_list
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         settings = next(iter(layers.values()))

@@ -17,25 +17,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from lilliput.anatomy import anatomy
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
-from lilliput.method import BLOCK_COUNT, EXACT_OUTPUT, FLOAT_WEIGHTS, OUTPUT_SHAPE, Facts, Method, knob
-from lilliput.methods.initialize._resize import FFN, HEADS, KV, WIDTH, Place, Sizes, parent_sizes, random_input, resized
+from lilliput.method import BLOCK_COUNT, EXACT_OUTPUT, FLOAT_WEIGHTS, OUTPUT_SHAPE, Facts, knob
+from lilliput.methods.initialize._resize import (
+    FFN,
+    HEADS,
+    KV,
+    WIDTH,
+    Place,
+    Resizing,
+    Sizes,
+    parent_sizes,
+    random_input,
+    resized,
+)
 from lilliput.workload import Workload
 
 TOLERATED = {2: 0.1, 4: 1e-3, 8: 1e-3}  # by bytes of a weight: relative change of the output that rounding explains
 
 
 @dataclass(frozen=True)
-class HyperCloning(Method):
+class HyperCloning(Resizing):
     """Grow a trained transformer into a wider one with the same function, to train that from there."""
 
     width: int = knob(2, low=1, high=64, help="how many times as wide, with as many times the heads")
@@ -52,11 +62,6 @@ class HyperCloning(Method):
         keeps={FLOAT_WEIGHTS, OUTPUT_SHAPE, BLOCK_COUNT, EXACT_OUTPUT},
         effect="larger, with the same function",
     )
-
-    def targets(self, model: nn.Module) -> Iterator[str]:
-        """The list of blocks, which stands for the whole model. Raises UserError for models that cannot grow."""
-        parent_sizes(model, self.name())
-        yield anatomy(model).block_list
 
     def apply_(self, model: nn.Module, workload: Workload | None, layers: Mapping[str, Self]) -> nn.Module:
         settings = next(iter(layers.values()))

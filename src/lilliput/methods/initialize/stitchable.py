@@ -108,7 +108,10 @@ def paired(i: int, small: int, large: int) -> int:
 
 
 class StitchedNet(nn.Module):
-    """Both anchors and the stitches; it runs the route that was chosen last, at first the slowest."""
+    """Both anchors and the stitches; it runs the route that was chosen last, at first the slowest.
+
+    Blocks have the numbers of that route: `small` and `large` use a cache by themselves only while it is their own.
+    """
 
     def __init__(
         self, small: nn.Module, large: nn.Module, found: Anatomy, stitches: nn.ModuleDict, between: Sequence[Route]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lilliput.anatomy import Attention
 from lilliput.edits import set_module
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import attached, evaluating
 from lilliput.method import Method, knob
 from lilliput.methods.layers._known import known_attentions
 from lilliput.methods.layers._span_layers import SpanAttention, past_seen
@@ -159,8 +159,7 @@ def _probabilities(model: Any, names: Sequence[str], see: Callable[[str, Tensor]
         for name in names
     ]
     try:
-        yield
+        with attached(handles):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         model.set_attn_implementation(before)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import needs_blocks
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import attached, evaluating
 from lilliput.workload import Workload
 
 
@@ -88,11 +88,8 @@ def _watching_hidden(model: nn.Module, layers: dict[str, str], see: Callable[[st
             see(name, part.activations(args[0]) if asks else args[0])
 
         handles.append((part if asks else model.get_submodule(down)).register_forward_pre_hook(hook))
-    try:
+    with attached(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -108,11 +105,8 @@ def limited(model: nn.Module, allow: Callable[[str, Tensor], Tensor]) -> Iterato
             return (args[0] * allow(name, args[0]),)
 
         handles.append(model.get_submodule(down).register_forward_pre_hook(hook))
-    try:
+    with attached(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def reused(gamma: int) -> Callable[[str, Tensor], Tensor]:

@@ -105,8 +105,8 @@ class KvHeads(Method):
         return svd_map(grams.keys_of(members), grams.values_of(members))
 
 
-def _check(name: str, a: Attention, heads: Any) -> None:
-    if type(heads) is not int or a.kv_heads % heads:
+def _check(name: str, a: Attention, heads: int) -> None:
+    if a.kv_heads % heads:
         known = ", ".join(str(n) for n in range(1, a.kv_heads + 1) if a.kv_heads % n == 0)
         raise UserError(f"heads is {heads!r}, but {name!r} has {a.kv_heads} key-value heads; give one of {known}")
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lilliput.anatomy import Block, Mlp, needs_blocks
 from lilliput.edits import set_module
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import attached, evaluating
 from lilliput.method import BLOCK_COUNT, FLOAT_WEIGHTS, LAYER_SHAPES, OUTPUT_SHAPE, UNLABELLED, Facts, Method, knob
 from lilliput.methods.layers._rectified import RectifiedNorm, ShiftedReLU, activation_name
 from lilliput.workload import Workload, need_workload
@@ -102,13 +102,9 @@ def inputs_of(model: nn.Module, work: Workload, modules: Mapping[str, str]) -> d
         return see
 
     handles = [model.get_submodule(name).register_forward_pre_hook(keep(key)) for key, name in modules.items()]
-    try:
-        with evaluating(model):
-            for batch in work.calibration:
-                work.forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(handles), evaluating(model):
+        for batch in work.calibration:
+            work.forward(model, batch)
     return {key: torch.cat(parts) if parts else torch.zeros(0) for key, parts in kept.items()}
 
 
@@ -132,12 +128,8 @@ def _norms(model: nn.Module, workload: Workload | None, blocks: Iterable[Block])
     norms = [(n, m) for n, m in model.named_modules() if "norm" in type(m).__name__.lower() and not list(m.children())]
     handles = [m.register_forward_hook(lambda _, args, out, n=n: outputs.append((n, out))) for n, m in norms]
     handles += [model.get_submodule(name).register_forward_pre_hook(read(name)) for name in readers]
-    try:
-        with evaluating(model):
-            work.forward(model, {k: v[:1] for k, v in work.calibration[0].items()})
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(handles), evaluating(model):
+        work.forward(model, {k: v[:1] for k, v in work.calibration[0].items()})
     if missing := sorted(readers - set(found)):
         raise UserError(f"no norm stands right before {missing[0]!r}; use stage=1")
     return [n for n in dict.fromkeys(found.values()) if not isinstance(model.get_submodule(n), RectifiedNorm)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import Anatomy, anatomy, needs_blocks, shape_keeping_blocks
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import attached, evaluating
 from lilliput.method import FLOAT_WEIGHTS, LAYER_SHAPES, OUTPUT_SHAPE, PACKED_WEIGHTS, UNLABELLED, Facts, Method, knob
 from lilliput.workload import Workload, need_workload
 
@@ -49,13 +49,9 @@ def block_influences(model: nn.Module, workload: Workload) -> dict[str, float]:
         return see
 
     handles = [model.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True) for n in names]
-    try:
-        with torch.no_grad(), evaluating(model):
-            for batch in workload.calibration:
-                workload.forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(handles), torch.no_grad(), evaluating(model):
+        for batch in workload.calibration:
+            workload.forward(model, batch)
     return {name: total / len(workload.calibration) for name, total in sums.items()}
 
 

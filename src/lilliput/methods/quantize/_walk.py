@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.anatomy import anatomy
-from lilliput.hooks import evaluating, watching
+from lilliput.hooks import attached, evaluating, watching
 
 if TYPE_CHECKING:
     from lilliput.workload import Batch, Workload
@@ -129,12 +129,8 @@ def walkable_blocks(model: nn.Module, workload: Workload) -> list[str]:
         return hook
 
     handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
-    try:
-        with torch.no_grad(), evaluating(model):
-            workload.forward(model, {k: v[:1] for k, v in workload.calibration[0].items()})
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(handles), torch.no_grad(), evaluating(model):
+        workload.forward(model, {k: v[:1] for k, v in workload.calibration[0].items()})
     return names if ran == names else []
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lilliput import method as m
 from lilliput.edits import set_module
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import attached, evaluating
 from lilliput.method import Facts, Method, knob
 from lilliput.methods.quantize._fold import fold_batch_norms_
 from lilliput.methods.quantize._qdq import Grid, activation_grid, int8_layer, least_error_range, percentile_range
@@ -159,10 +159,6 @@ def _correct_biases_(model: nn.Module, workload: Workload, new: Mapping[str, Any
 def _run_hooked(model: nn.Module, workload: Workload, hooks: Mapping[str, Any]) -> None:
     """Run the calibration data with a forward hook on each named module."""
     handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch in workload.calibration:
-                workload.forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(handles), evaluating(model), torch.no_grad():
+        for batch in workload.calibration:
+            workload.forward(model, batch)

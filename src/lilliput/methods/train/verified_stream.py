@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilliput.errors import UserError
-from lilliput.hooks import evaluating
+from lilliput.hooks import attached, evaluating
 from lilliput.method import FLOAT_WEIGHTS, UNLABELLED, Facts, Settings, knob
 from lilliput.methods.train._adapting import LORA, PARTS, PARTS_HELP, adapting, learn_, token_ids
 
@@ -264,10 +264,8 @@ class ProbeVerifier:
         kept: list[Tensor] = []
         head = self.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda layer, args: kept.append(args[0]))
-        try:
+        with attached([handle]):
             logits, labels = _answer_logits(self.model, pairs)
-        finally:
-            handle.remove()
         ends = torch.tensor([len(prompt) + len(answer) - 1 for prompt, answer in pairs])
         hidden = kept[0][torch.arange(len(pairs)), ends].float()
         answered = labels != IGNORED
