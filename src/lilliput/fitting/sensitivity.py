@@ -29,7 +29,7 @@ from lilliput.method import Method
 from lilliput.methods.prune.depth import Depth
 from lilliput.workload import Batch, Workload
 
-ROWS = 64  # of a layer that roundings are judged on
+ROWS = 128  # of a layer that roundings are judged on
 
 @dataclass
 class Trace:
