@@ -86,7 +86,7 @@ def fit_codebook(
     if not shared:
         tables = tables.repeat(-(-len(w) // kernel.rows_per_table(bits)), 1)
     for i in range(rounds):
-        tables = _round_(w, weight, scale, tables, bits, search=i % SEARCH_EVERY == 1)
+        tables = _improve_(w, weight, scale, tables, bits, search=i % SEARCH_EVERY == 1)
     return _rounded(w, weight, scale, tables, bits)
 
 
@@ -97,7 +97,7 @@ def _first_tables(w: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor
     return kmeans_1d(w / wide, weight * wide.double().square(), 2**bits).float().unsqueeze(0)
 
 
-def _round_(w: Tensor, weight: Tensor, scale: Tensor, tables: Tensor, bits: int, search: bool) -> Tensor:
+def _improve_(w: Tensor, weight: Tensor, scale: Tensor, tables: Tensor, bits: int, search: bool) -> Tensor:
     """Nearest entries, then the best scales for them, in place, then the best tables, which are returned."""
     sums = []
     for rows, own in _parts(w, tables, bits):
