@@ -7,7 +7,7 @@ from torch import nn
 
 from lilliput import moments as _moments
 from lilliput.errors import UserError
-from lilliput.moments import Moments, gradient_moments, input_shapes, layer_rows, second_moments
+from lilliput.moments import Moments, gradient_moments, input_shapes, input_squares, layer_rows, second_moments
 from lilliput.workload import Workload
 
 
@@ -43,6 +43,18 @@ def test_linear_moments_are_the_sum_over_rows(net):
     rows = seen[0]
     found = second_moments(net, classifier(net, x), ["fc"])["fc"]
     torch.testing.assert_close(found.double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_squares_are_the_diagonal_of_the_moments(net):
+    x = torch.randn(13, 2, 8, 8)
+    work = classifier(net, x)
+    found = input_squares(net, work, ["fc"], work.calibration)["fc"]
+    torch.testing.assert_close(found, second_moments(net, work, ["fc"])["fc"].diagonal())
+    x[3] = float("nan")
+    with pytest.raises(UserError, match="'fc' hold NaN"):
+        input_squares(net, work, ["fc"], [{"input": x}])
+    with pytest.raises(UserError, match="'fc' never ran"):
+        input_squares(net, work, ["fc"], [])
 
 
 @pytest.mark.parametrize(

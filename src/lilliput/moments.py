@@ -85,6 +85,11 @@ class Moments:
         self.n += rows.shape[1]
         return gram
 
+    def add_squares(self, rows: Tensor) -> None:
+        """Add only the squares of rows (groups, n, K): the diagonal of `gram`, as "squares", in far less memory."""
+        self._accumulate("squares", rows.square().sum(1))
+        self.n += rows.shape[1]
+
     def _accumulate(self, key: str, value: Tensor) -> None:
         seen = value.diagonal(dim1=-2, dim2=-1) if value.dim() == 3 else value
         if not torch.isfinite(seen).all():
@@ -151,6 +156,24 @@ def input_moments(
         for batch in workload.calibration if batches is None else batches:
             workload.forward(model, batch)
     return found
+
+
+def input_squares(
+    model: nn.Module, workload: Workload, names: Sequence[str], batches: Sequence[Batch]
+) -> dict[str, Tensor]:
+    """Name -> (K,) float32, the mean square of each input of a linear layer over the batches, in one pass.
+
+    Raises UserError, with the layer's name, when an input is NaN or infinite or the layer never ran.
+    """
+    found = {name: Moments(name) for name in names}
+
+    def seen(name: str, layer: nn.Module, x: Tensor) -> None:
+        found[name].add_squares(layer_rows(layer, x))
+
+    with torch.no_grad(), evaluating(model), watching(model, names, seen):
+        for batch in batches:
+            workload.forward(model, batch)
+    return {name: moments.get("squares")[0] for name, moments in found.items()}
 
 
 def second_moments(model: nn.Module, workload: Workload, names: Sequence[str]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from lilliput.fitting.layers import bytes_by_part
 from lilliput.fitting.predict import Predictor
 from lilliput.fitting.report import charts, sections, words
 from lilliput.fitting.report.front import MOST_TICKS, drop_of_damage, front, pareto
-from lilliput.fitting.report.heat import heat, strength
+from lilliput.fitting.report.heat import heat, kind, strength
 from lilliput.fitting.report.labels import Label, place
 from lilliput.fitting.report.page import as_json, render, write_report
 from lilliput.method import Change, Findings
@@ -360,6 +360,8 @@ def test_stronger_settings_have_more_colour():
 
     assert of("float32", 0) == of("keep", 0) == 0
     assert 0 < of("int8") < of("int4 g32") < of("int3 g32") < of("int2 g32") <= 1
+    assert (of("table4 g64"), of("table3 g64")) == (of("int4 g32"), of("int3 g32"))
+    assert kind("table4 g64") == kind("int8") == "bits"
     assert 0 < of("-12.5% neurons") < of("-50.0% neurons") <= 1
     assert 0 < of("rank 75%") < of("rank 35%") <= 1
     assert strength(unit("u", 0, "block", "drop", 1, 2)) == 1

@@ -14,7 +14,7 @@ from lilliput.methods.quantize.group import Group
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PROMPTS, NEW = 20, 40
+PROMPTS, NEW, DRAWS = 20, 40, 3
 MODELS = {
     "mixed": lambda: mix_formats(build("Llama", {})),
     "int4": lambda: Group(bits=4, group=32).apply(build("Llama", {"tie_word_embeddings": True})),
@@ -23,13 +23,13 @@ MODELS = {
 
 
 class Jittered(Reference):
-    """The reference with the last bits of what enters a product changed by chance."""
+    """The reference with what enters a product changed by up to 4 units in the last place, by chance."""
 
     generator = torch.Generator().manual_seed(0)
 
     def linear(self, layer, x):
-        steps = torch.randint(-1, 2, x.shape, generator=self.generator)
-        return super().linear(layer, x * (1 + steps * 2.0**-23))
+        units = torch.randint(-4, 5, x.shape, generator=self.generator)
+        return super().linear(layer, x * (1 + units * 2.0**-23))
 
 
 def greedy(decoder, prompt):
@@ -62,7 +62,7 @@ def test_the_native_decoder_is_its_steps_one_by_one(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_another_token_comes_only_where_two_are_as_good(name):
     """At the first token that differs the two lie closer, in the reference, than the noise between the paths on the same
-    text before it; and that noise is no larger than the reference's own when last bits change."""
+    text before it; and that noise is no larger than the reference's own when last bits of its activations change."""
     model = MODELS[name]()
     native, reference, jittered = Decoder(model), Reference(model), Jittered(model)
     between, own = [], []
@@ -70,10 +70,10 @@ def test_another_token_comes_only_where_two_are_as_good(name):
         prompt = tokens(1 + seed, seed)
         mine, theirs = greedy(native, prompt)[0], greedy(reference, prompt)[0]
         same = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), NEW - 1)
-        found, expected, other = (along(d, prompt, mine[:same]) for d in (native, reference, jittered))
+        found, expected, *others = (along(d, prompt, mine[:same]) for d in (native, reference, *[jittered] * DRAWS))
         off = (found - expected).abs()
         between.append(float(off.max()))
-        own.append(float((other - expected).abs().max()))
+        own.append(max(float((other - expected).abs().max()) for other in others))
         a, b = theirs[same], mine[same]
         assert float(expected[-1, a] - expected[-1, b]) <= float(off[-1, a] + off[-1, b]) + own[-1]
     assert max(between) <= 2 * max(own)

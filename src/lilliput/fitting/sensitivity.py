@@ -29,7 +29,7 @@ from lilliput.method import Method
 from lilliput.methods.prune.depth import Depth
 from lilliput.workload import Batch, Workload
 
-ROWS = 64  # of a layer that roundings are judged on
+ROWS = 128  # of a layer that roundings are judged on
 
 @dataclass
 class Trace:
@@ -115,9 +115,11 @@ def some_rows(layer: nn.Linear, seen: Trace) -> tuple[nn.Linear, Trace]:
     over rows, which takes those with a large part of it for certain, and each counts for what it stands for.
     """
     w = layer.weight.detach()
+    if len(w) <= 2 * ROWS:
+        return layer, seen
     squares = torch.stack([g.flatten(0, -2).sum(0, dtype=torch.float32) for g in seen.weights]).sum(0)
     sums = (squares.double() * w.double().square().sum(1)).cumsum(0)
-    if len(w) <= 2 * ROWS or not sums[-1] > 0:
+    if not sums[-1] > 0:
         return layer, seen
     places = (torch.arange(ROWS, dtype=torch.float64) + 0.5) / ROWS * sums[-1]
     rows, count = torch.searchsorted(sums, places).unique(return_counts=True)

@@ -86,7 +86,7 @@ def fit_codebook(
     if not shared:
         tables = tables.repeat(-(-len(w) // kernel.rows_per_table(bits)), 1)
     for i in range(rounds):
-        tables = _round_(w, weight, scale, tables, bits, search=i % SEARCH_EVERY == 1)
+        tables = _improve_(w, weight, scale, tables, bits, search=i % SEARCH_EVERY == 1)
     return _rounded(w, weight, scale, tables, bits)
 
 
@@ -97,7 +97,7 @@ def _first_tables(w: Tensor, weight: Tensor, scale: Tensor, bits: int) -> Tensor
     return kmeans_1d(w / wide, weight * wide.double().square(), 2**bits).float().unsqueeze(0)
 
 
-def _round_(w: Tensor, weight: Tensor, scale: Tensor, tables: Tensor, bits: int, search: bool) -> Tensor:
+def _improve_(w: Tensor, weight: Tensor, scale: Tensor, tables: Tensor, bits: int, search: bool) -> Tensor:
     """Nearest entries, then the best scales for them, in place, then the best tables, which are returned."""
     sums = []
     for rows, own in _parts(w, tables, bits):
@@ -149,7 +149,10 @@ def nearest(u: Tensor, tables: Tensor, bits: int) -> Tensor:
     """The entry of each row's table nearest to u (N, K): indices (N, K)."""
     if len(tables) == 1:
         entries, order = tables[0].to(u.dtype).sort()
-        return order[torch.bucketize(u, (entries[1:] + entries[:-1]) / 2)]
+        place = torch.zeros(u.shape, dtype=torch.uint8)
+        for middle in ((entries[1:] + entries[:-1]) / 2).tolist():
+            place += u > middle  # a third of the time of torch.bucketize, whose branches no processor foresees
+        return order.index_select(0, place.flatten().int()).view_as(u)
     per_row = kernel.per_row(tables, len(u), bits).to(u.dtype)
     best, q = (u - per_row[:, :1]).abs(), torch.zeros_like(u, dtype=torch.int64)
     for i in range(1, per_row.shape[1]):

@@ -36,7 +36,7 @@ from lilliput.methods.quantize._codebook import CodebookLinear, fit_codebook
 from lilliput.methods.quantize._kernel_linear import replace_
 from lilliput.methods.quantize._packed import quantizable
 from lilliput.methods.quantize._walk import some_batches
-from lilliput.moments import input_moments
+from lilliput.moments import input_squares
 from lilliput.workload import Workload, need_workload
 
 
@@ -68,8 +68,7 @@ class Codebook(Method):
         if any(settings.weighting for settings in layers.values()):
             why = "to look at the inputs of every layer (weighting=False needs none)"
             workload = need_workload(workload, self.name(), why)
-            moments = input_moments(model, workload, list(layers), some_batches(workload, self.samples))
-            importance = {name: found.gram[0].diagonal() for name, found in moments.items()}
+            importance = input_squares(model, workload, list(layers), some_batches(workload, self.samples))
 
         def make(name: str, linear: nn.Linear, s: Codebook) -> CodebookLinear:
             group = whole_pieces(s.group, linear.in_features)
