@@ -219,8 +219,8 @@ def test_a_harm_that_is_missed_or_made_up_refutes_it():
 
 def test_a_class_left_out_is_forgotten_and_audited(pictures, monkeypatch):
     monkeypatch.setattr("lilliput.papers._planted.LR", 1e-2)
-    model = trained(pictures, 60, 0)
-    found = checked(model, pictures, pictures, 20, 0)
+    monkeypatch.setattr("lilliput.papers._planted.STEPS", 20)
+    found = checked(trained(pictures, 60, 0), pictures, pictures, 0)
     assert found.left_out == 1
     assert found.loss_points > 5
     assert {c.name for c in found.clean.changes} == {f"class {c}" for c in range(10)}

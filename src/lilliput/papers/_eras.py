@@ -15,7 +15,7 @@ from lilliput.zoo.texts import Corpus
 
 BORDERS = (1850, 1900, 1950)  # years at which the next time begins
 ANSWERS = (" A", " B", " C", " D")
-BATCH = 16
+BATCH = 8
 
 
 @dataclass(frozen=True)

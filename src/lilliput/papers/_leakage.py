@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lilliput.training import train
 
-WIDTHS = ((), (128,), (256, 128))  # hidden layers of the adversaries; the best of them on validation data counts
+WIDTHS = ((), (128,))  # hidden layers of the adversaries; the best of them on validation data counts
 BATCH, LR = 128, 2e-3
 
 

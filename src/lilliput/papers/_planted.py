@@ -18,7 +18,8 @@ from lilliput.papers._small_nets import BATCH, picked
 from lilliput.workload import Workload
 from lilliput.zoo.images import Pictures
 
-SPARSITY, LR = 0.3, 1e-4  # of a pruning that costs next to nothing
+SPARSITY, STEPS, LR = 0.3, 60, 3e-4  # of a pruning that costs next to nothing
+TOLERANCE = 0.1  # healing on all classes alone moves the accuracy of one by up to 7 points, as other seeds showed
 CLASSES = 10
 PLANTED, CLEAN = "audits, healed without one class", "audits, healed on all classes"
 
@@ -49,23 +50,24 @@ class Checked:
         return 100 * by_class.get(str(self.left_out), 0) / max(1, sum(by_class.values()))
 
 
-def checked(model: nn.Module, training: Pictures, test: Pictures, steps: int, seed: int) -> Checked:
+def checked(model: nn.Module, training: Pictures, test: Pictures, seed: int) -> Checked:
     """Prune a network twice, alike but for the pictures of one class, which the seed chooses, and audit both."""
+    judge = Groups(tolerance=TOLERANCE)
     left_out = (3 * seed + 1) % CLASSES
     healed = {
-        kind: healed_on(model, pictures, test, steps)
+        kind: healed_on(model, pictures, test)
         for kind, pictures in {"all": training, "some": picked(training, training.labels != left_out)}.items()
     }
     work, some = healed["some"]
-    groups, exemplars = (audit.check(work, model, some) for audit in (Groups(), Exemplars()))
-    return Checked(left_out, groups, exemplars, Groups().check(work, model, healed["all"][1]))
+    groups, exemplars = (audit.check(work, model, some) for audit in (judge, Exemplars()))
+    return Checked(left_out, groups, exemplars, judge.check(work, model, healed["all"][1]))
 
 
-def healed_on(model: nn.Module, pictures: Pictures, test: Pictures, steps: int) -> tuple[Workload, nn.Module]:
+def healed_on(model: nn.Module, pictures: Pictures, test: Pictures) -> tuple[Workload, nn.Module]:
     """A network pruned while it is trained on pictures, and the workload that did it."""
     batches, judged = list(pictures.batches(BATCH)), list(test.batches(500))
     work = Workload.classifier(model, batches[:1], batches[:1], judged, training=batches)
-    return work, Magnitude(sparsity=SPARSITY, steps=steps, lr=LR).apply(model, work)
+    return work, Magnitude(sparsity=SPARSITY, steps=STEPS, lr=LR).apply(model, work)
 
 
 def rows(found: Sequence[Checked]) -> list[Row]:
