@@ -24,7 +24,7 @@ from lilliput.errors import UserError
 from lilliput.fitting.build import key_of
 from lilliput.fitting.policies import full_cache, late_nats, long_texts, mean_and_error, worse
 from lilliput.fitting.recover import all_cores
-from lilliput.measuring import compare_behind, compare_drafting, fresh_process_memory
+from lilliput.measuring import compare_behind, compare_drafting, fresh_process_memory, modelled_energy
 from lilliput.method import CachePolicy, Decoder
 from lilliput.methods.cache._cache import head_width
 from lilliput.methods.cache.h2o import H2O
@@ -214,9 +214,11 @@ class Trial:
         size = session.cache_bytes
         with all_cores():
             nats, error = mean_and_error(late_nats(self.model, self.texts, policy.cache) - self.full_nats)
+        token_ms = job.original.values["token_ms"] / gain.ratio
         measured = own["measured"] | {
-            "token_ms": job.original.values["token_ms"] / gain.ratio,
+            "token_ms": token_ms,
             "first_token_ms": first_ms,
+            "energy_j": modelled_energy(job.workload, self.model, job.device, token_ms),
             "memory_bytes": float(memory),
             "drop": worse(own["measured"]["drop"], nats),
         }
