@@ -130,7 +130,7 @@ def _check_reload(model: nn.Module, folder: Path, workload: Workload) -> None:
         raise UserError(f"the saved model differs from the one in memory at {wrong[:3]}; nothing was written")
     with torch.inference_mode():
         was_training = model.training
-        outputs = [workload.forward(m.eval(), workload.example) for m in (model, again)]
+        outputs = [workload.forward(m.eval(), workload.short_example) for m in (model, again)]
         model.train(was_training)
     if not torch.equal(*outputs):
         error = float((outputs[0] - outputs[1]).abs().max())

@@ -107,7 +107,7 @@ def _check_alike(workload: Workload, model: nn.Module) -> None:
     shapes = []
     for one in (workload.model, model):
         with evaluating(one):
-            shapes.append(tuple(workload.forward(one, workload.example).shape))
+            shapes.append(tuple(workload.forward(one, workload.short_example).shape))
     if shapes[0] != shapes[1]:
         raise UserError(
             f"the models do not answer alike: {shapes[0]} before, {shapes[1]} after; compare a model with its original"

@@ -142,6 +142,11 @@ class Workload:
         m = self.metric
         return Score(m.name, m.reduce(values), low, high, len(values), m.unit)
 
+    @property
+    def short_example(self) -> Batch:
+        """The example, where it is only to be seen what a model answers."""
+        return self.example
+
     def at_context(self, tokens: int) -> Self:
         """The same, measured with a context of so many tokens; for language models alone. Raises UserError."""
         raise UserError(
@@ -190,6 +195,11 @@ class CausalLM(Workload):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return _window_nll(self.forward(model, batch), batch).mean()
+
+    @property
+    def short_example(self) -> Batch:
+        """The first ROOM tokens of the example: logits of all tokens of a context would not fit into small machines."""
+        return {"input_ids": self.example["input_ids"][:, :ROOM]}
 
     def at_context(self, tokens: int) -> Self:
         """The same, whose example is a prompt that leaves ROOM tokens of a context of `tokens`.

@@ -4,6 +4,7 @@ Times and memory are replaced by figures that follow from the model and its cach
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +170,60 @@ def test_a_context_that_cannot_be_is_refused(long_work, options, message, tmp_pa
 def test_a_vision_model_has_no_context(cnn_work, tmp_path):
     with pytest.raises(lp.UserError, match="no language model"):
         lp.fit(cnn_work, "size<=60%", context=512, out=tmp_path / "run", **FAST)
+
+
+# --- choosing ----------------------------------------------------------------------------------------------------
+
+
+def built(number, memory, damage, token_ms=1.0):
+    measured = {"memory_bytes": memory, "token_ms": token_ms}
+    return {"number": number, "measured": measured, "damage": damage, "damage_error": 0.1, "plan": ""}
+
+
+def job_of(candidates, budget, freed):
+    """What the choice looks at in a fit; the first candidate is its best."""
+    return SimpleNamespace(
+        budget=lp.Budget(budget),
+        freed=freed,
+        options=SimpleNamespace(serve=True),
+        runtime=SimpleNamespace(keeps_text=True),
+        device=SimpleNamespace(measured=True),
+        run=SimpleNamespace(candidates=lambda: candidates),
+        best=lambda: candidates[0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("budget", "freed", "expected"),
+    [
+        ("memory<=100B", 20.0, [2, 1]),  # 3 is beyond what twice the bytes would mend, 4 is worse
+        ("memory<=100B", 60.0, [3, 2, 1]),
+        ("memory<=100B", 0.0, []),
+        ("memory<=100B, time_per_token<=3ms", 20.0, [2, 5, 1]),
+        ("memory<=200B, time_per_token<=3ms", 0.0, [5, 1]),
+        ("memory<=200B, time_per_token<=2ms", 0.0, [1]),
+    ],
+)
+def test_plans_that_lost_less_are_served_too_where_that_may_mend_them(budget, freed, expected):
+    candidates = [built(1, 90, 0.5), built(2, 130, 0.2), built(3, 150, 0.1), built(4, 101, 0.6), built(5, 90, 0.3, 5.0)]
+    if "time" not in budget:
+        candidates = candidates[:4]
+    if "200B" in budget:
+        candidates = [candidates[0], candidates[4]]
+    assert [c["number"] for c in serve.plans_to_serve(job_of(candidates, budget, freed))] == expected
+
+
+def test_a_policy_must_lose_less_than_the_best_plan_that_needs_none():
+    entry = {"method": "cache.low_bit", "settings": {}}
+    rows = [
+        {"candidate": 1, "serving": None, "damage": 0.5},
+        {"candidate": 2, "serving": entry, "refused": "no"},
+        *({"candidate": 2, "serving": entry, "damage": d, "speedup": {"low": 0.4}} for d in (0.39, 0.41)),
+    ]
+    inside, outside = ([built(1, memory, 0.5), built(2, 130, 0.2)] for memory in (90, 110))
+    (taken,) = serve.choices(job_of(inside, "memory<=100B", 20.0), rows)
+    assert (taken["number"], taken["damage"], taken["weights_damage"], taken["serving"]) == (2, 0.39, 0.2, entry)
+    assert len(serve.choices(job_of(outside, "memory<=100B", 20.0), rows)) == 2
 
 
 # --- parts -------------------------------------------------------------------------------------------------------

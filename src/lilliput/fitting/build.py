@@ -59,7 +59,7 @@ class Bench:
         Memory is estimated from the weights; verify measures the final one in a fresh process.
         """
         values, _ = self.speed(model)
-        values["memory_bytes"] = self._memory(model) + self.memory_offset
+        values["memory_bytes"] = self.memory(model)
         values["size_bytes"] = float(state_bytes(model.state_dict()))
         ms = values.get("token_ms", values.get("latency_ms", 0.0))
         values["energy_j"] = modelled_energy(self.workload, model, self.device, ms)
@@ -90,21 +90,25 @@ class Bench:
         result.values[key] = self.original[key] / comparison.ratio
         return result.values, comparison
 
-    def _memory(self, model: nn.Module) -> float:
+    def memory(self, model: nn.Module) -> float:
         """The original's peak in a fresh process less the bytes of weights saved, and with a context less the keys and
-        values of dropped blocks."""
+        values of dropped blocks, moved by the offset."""
         saved = weight_bytes(self.workload.model) - weight_bytes(model)
         if self.reference is not None:
             blocks, left = (len(anatomy(m).blocks) for m in (self.workload.model, model))
             saved += self.reference.cache_bytes * (blocks - left) / blocks
-        return self.original["memory_bytes"] - saved
+        return self.original["memory_bytes"] - saved + self.memory_offset
 
     def memory_offset_of(self, model: nn.Module) -> float:
         """What a fresh process that loads and runs `model` takes beyond the estimate."""
-        self.runtime.prepare(model, self.workload, self.threads)(self.workload.example)  # lays out packed weights
+        self.runtime.prepare(model, self.workload, self.threads)(self.workload.short_example)  # lays out packed weights
+        return self.fresh_memory(model) - self.memory(model)
+
+    def fresh_memory(self, model: nn.Module, setting: Setting = None) -> float:
+        """Peak bytes of a fresh process that serves `model` with a setting."""
         with tempfile.TemporaryDirectory() as folder:
-            path = save(model, Path(folder) / "model", self.workload)
-            return fresh_process_memory(path, self.runtime.name, self.threads) - self._memory(model)
+            path = save(model, Path(folder) / "model", self.workload, Plan(serving=setting))
+            return float(fresh_process_memory(path, self.runtime.name, self.threads))
 
     def candidate(
         self,

@@ -15,7 +15,7 @@ from lilliput.served import PIECE, read
 from lilliput.workload import ROOM, Workload
 
 TAIL = 32  # tokens read at a time where they are judged: what a policy holds beyond its budget meanwhile
-TEXT_TOKENS, FEWEST_TEXTS, MOST_TEXTS = 8192, 2, 16
+TEXT_TOKENS, FEWEST_TEXTS, MOST_TEXTS = 4096, 2, 16
 
 
 def long_texts(work: Workload, split: str) -> tuple[Tensor, bool]:

@@ -28,7 +28,7 @@ from lilliput.fitting.recover import all_cores, recovered
 from lilliput.fitting.report.page import write_report
 from lilliput.fitting.request import Options, facts_of, read_options, remembered
 from lilliput.fitting.search import lagrangian_seeds, ranked, search
-from lilliput.fitting.serve import FREED, choices, reserve_s, serving_rows, wants_policies
+from lilliput.fitting.serve import choices, freed_bytes, may_use_policies, reserve_s, serving_rows
 from lilliput.fitting.space import Genome, Space
 from lilliput.fitting.spaces import build_space, rivals
 from lilliput.fitting.student import compare_students, wants_student
@@ -103,6 +103,7 @@ class Job:
         self.trials: list[Genome] = []
         self.asked = budget
         self.memory_offset = 0.0
+        self.freed = 0.0  # bytes that a smaller cache gives back
         self.timed: dict[Genome, dict[str, float]] = {}
         self.serving_rows: list[dict[str, Any]] = []  # what was tried
         self.served: list[dict[str, Any]] = []  # what of it helps, as candidates
@@ -164,6 +165,8 @@ class Job:
         self.predictor = Predictor(self.space, timed=self.timed)
         if "memory_bytes" in self.budget.limits and self.workload.source:
             self.memory_offset = self.run.step("memory_offset", self._memory_offset)
+            if may_use_policies(self):
+                self.freed = self.run.step("freed", lambda: freed_bytes(self))
         self._timed("probe")
 
     def _memory_offset(self) -> float:
@@ -246,8 +249,8 @@ class Job:
         if self.bench.heal_steps and round_ % 2 == 0:
             return []
         budget = self.budget.scaled(FRONT[round_ % len(FRONT)])
-        if round_ % 2 == 0 and wants_policies(self) and self.reference is not None:  # what a smaller cache would allow
-            budget = self.budget.raised("memory_bytes", FREED * self.reference.cache_bytes)
+        if round_ % 2 == 0 and self.freed > 0:  # what a smaller cache would allow
+            budget = self.budget.raised("memory_bytes", self.freed)
         return self._unbuilt(lagrangian_seeds(self.predictor, budget, SAFETY)[:1])
 
     def _build(self, name: str, genome: Genome) -> None:
@@ -326,7 +329,7 @@ class Job:
             facts = facts_of(self.run.read("request"))
             artifact = save(model, self.run.folder / "fitted", self.workload, plan, facts)
             proof = prove(self.bench, model, artifact, best["measured"], setting)
-            if self.budget.met(proof["measured"]):
+            if self.budget.met(proof["measured"]) or not self.budget.met(best["measured"]):
                 break
         self.progress.step("verifying on untouched data")
         checked = verify(self.bench, model, proof, self.budget, setting)

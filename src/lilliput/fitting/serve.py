@@ -24,8 +24,8 @@ from lilliput.errors import UserError
 from lilliput.fitting.build import key_of
 from lilliput.fitting.policies import full_cache, late_nats, long_texts, mean_and_error, worse
 from lilliput.fitting.recover import all_cores
-from lilliput.measuring import compare_behind, compare_drafting, fresh_process_memory
-from lilliput.method import Decoder
+from lilliput.measuring import compare_behind, compare_drafting, fresh_process_memory, modelled_energy
+from lilliput.method import CachePolicy, Decoder
 from lilliput.methods.cache._cache import head_width
 from lilliput.methods.cache.h2o import H2O
 from lilliput.methods.cache.low_bit import LowBit
@@ -41,12 +41,13 @@ if TYPE_CHECKING:
     from lilliput.fitting.run import Job
 
 MOST_PLANS = 3
-RESERVE = 1.5  # times what measuring took: kept for this step, at most a sixth of the time
+RESERVE = 1.5  # times what measuring took: kept for this step, at most SHARE of the time
+SHARE = 0.2
 BITS = (8, 4, 2)
-FREED = 0.75  # of the cache's bytes: what the search may leave to the weights; a 4-bit cache frees more
+TYPICAL = LowBit(bits=4)  # what is tried once before the search: it may leave to the weights what that gives back
 FREE = 0.9  # share of the room under the limit that a policy fills
 FEWEST, STEP = 32, 16  # tokens that a policy keeps at least, and what their number is a multiple of
-FITTING = 2.0  # times the limit that a time per token may be and yet be tried with drafts
+FITTING = 2.0  # times the limit, or times what the typical policy gives back, that serving may mend
 
 
 def wants_drafts(job: Job) -> bool:
@@ -55,31 +56,44 @@ def wants_drafts(job: Job) -> bool:
     return able and "token_ms" in job.budget.limits
 
 
-def wants_policies(job: Job) -> bool:
-    """Whether a smaller cache may help: the memory of a context is limited, and a loss of perplexity can be told."""
+def may_use_policies(job: Job) -> bool:
+    """Whether a smaller cache is looked at: the memory of a context is limited, and a loss of perplexity can be told."""
     able = job.options.serve and job.runtime.keeps_text and job.device.measured and bool(job.workload.source)
     judged = job.workload.metric.name == "perplexity"
     return able and judged and job.options.context is not None and "memory_bytes" in job.budget.limits
 
 
+def freed_bytes(job: Job) -> float:
+    """What the typical policy gives back of the original's memory in a fresh process, less what transformers takes
+    beside the cache; 0 for a model that it does not fit."""
+    try:
+        with attention_as_before(job.workload.model):
+            TYPICAL.cache(job.workload.model)
+    except UserError:
+        return 0.0
+    job.progress.say("memory with a smaller cache")
+    return job.original.values["memory_bytes"] - job.bench.fresh_memory(job.workload.model, TYPICAL)
+
+
 def reserve_s(job: Job) -> float:
     """Seconds to keep for this step."""
-    wanted = wants_drafts(job) or wants_policies(job)
-    return min(RESERVE * job.timings.get("measure", 0.0), job.options.minutes * 10) if wanted else 0.0
+    wanted = wants_drafts(job) or job.freed > 0
+    return min(RESERVE * job.timings.get("measure", 0.0), SHARE * 60 * job.options.minutes) if wanted else 0.0
 
 
 def serving_rows(job: Job) -> list[dict[str, Any]]:
     """A row for every plan and every way to serve it that was tried, with its figures; the plain one comes first."""
-    return [row for c in plans_to_serve(job) for row in Trial(job, c).rows()]
+    seen: set[str] = set()
+    return [row for c in plans_to_serve(job) for row in Trial(job, c, seen).rows()]
 
 
 def plans_to_serve(job: Job) -> list[dict[str, Any]]:
     """The best candidate, and those that lost less but miss a limit that serving may mend; the least damage first."""
     best, limits = job.best(), job.budget.limits
-    if not (wants_drafts(job) or wants_policies(job)):
+    if not (wants_drafts(job) or job.freed > 0):
         return []
     out_by = {
-        "memory_bytes": limits.get("memory_bytes", 0) + job.reference.cache_bytes if wants_policies(job) else 0,
+        "memory_bytes": limits["memory_bytes"] + FITTING * job.freed if job.freed > 0 else 0,
         "token_ms": FITTING * limits["token_ms"] if wants_drafts(job) else 0,
     }
 
@@ -121,39 +135,47 @@ class Trial:
 
     job: Job
     candidate: dict[str, Any]
+    seen: set[str]  # families that were tried, on whichever candidate
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each way that is tried; when the time is up no other one begins, but one is always tried."""
+        """A row for each way that is tried; when the time is up, only for one of a family that never was."""
         found = [self._row(None, {"measured": self.candidate["measured"], "damage": damage_of(self.candidate)})]
         for setting in self._settings(found):
-            if len(found) > 1 and self.job.seconds_left() <= 0:
+            family = setting.name().partition(".")[0]
+            if family in self.seen and self.job.seconds_left() <= 0:
                 break
+            self.seen.add(family)
             found.append(self._tried(setting))
         return found
 
-    def _settings(self, rows: list[dict[str, Any]]) -> Iterator[Setting]:
+    def _settings(self, rows: list[dict[str, Any]]) -> Iterator[Decoder | CachePolicy]:
         """What to try next, after the rows that are there."""
         if wants_drafts(self.job):
             yield Ngram(runtime="lean")
         limit = self.job.budget.limits.get("memory_bytes")
-        if limit is None or not wants_policies(self.job) or self.candidate["measured"]["memory_bytes"] <= limit:
+        if limit is None or not self.job.freed > 0 or self.candidate["measured"]["memory_bytes"] <= limit:
             return
-        for bits in BITS:
-            policy = LowBit(bits=bits)
-            share = low_bit_share(policy, self.context, head_width(self.job.workload.model))
-            if self._rest + share * self.cache_bytes <= limit:
+        for policy in (LowBit(bits=bits) for bits in BITS):
+            if self._beside(rows) + self._share(policy) * self.token_bytes * self.context <= limit:
                 yield policy
                 if rows[-1].get("measured", {}).get("memory_bytes", limit + 1) <= limit:
                     return
-        if self.whole and (budget := self._budget(limit, rows)) >= FEWEST:
+        tokens = int(FREE * (limit - self._beside(rows)) / self.token_bytes)
+        budget = min(tokens, self.context // 2) // STEP * STEP
+        if budget >= FEWEST and self.whole:
             yield from (Sliding(budget=budget), H2O(budget=budget), RoCo(budget=budget))
 
-    def _budget(self, limit: float, rows: list[dict[str, Any]]) -> int:
-        """Tokens that a policy may keep, after what the rows say that transformers needs beside the cache."""
+    def _beside(self, rows: list[dict[str, Any]]) -> float:
+        """Bytes beside a policy's cache, as measured with this plan, or by what the typical one left of the original."""
         seen = [row for row in rows if row["serving"] and "cache_bytes" in row]
-        beside = [row["measured"]["memory_bytes"] - row["cache_bytes"] for row in seen]
-        tokens = int(FREE * (limit - max([self._rest, *beside])) / self.token_bytes)
-        return min(tokens, self.context // 2) // STEP * STEP
+        if seen:
+            return max(row["measured"]["memory_bytes"] - row["cache_bytes"] for row in seen)
+        expected = (1 - self._share(TYPICAL)) * whole_token_bytes(self.job) * self.context
+        plain = self.candidate["measured"]["memory_bytes"] - self.token_bytes * self.context
+        return plain + max(0.0, expected - self.job.freed)
+
+    def _share(self, policy: LowBit) -> float:
+        return low_bit_share(policy, self.context, head_width(self.job.workload.model))
 
     def _tried(self, setting: Setting) -> dict[str, Any]:
         """The stored row of a setting, or one measured now."""
@@ -173,7 +195,7 @@ class Trial:
         entry = None if setting is None else serving_entry(setting)
         row = {"candidate": self.candidate["number"], "serving": entry, "label": label(setting)}
         if setting is None and self.job.reference is not None:
-            row["cache_bytes"] = self.cache_bytes
+            row["cache_bytes"] = round(self.token_bytes * self.context)
         return row | figures
 
     def _drafted(self, setting: Any) -> dict[str, Any]:
@@ -200,9 +222,11 @@ class Trial:
         size = session.cache_bytes
         with all_cores():
             nats, error = mean_and_error(late_nats(self.model, self.texts, policy.cache) - self.full_nats)
+        token_ms = job.original.values["token_ms"] / gain.ratio
         measured = own["measured"] | {
-            "token_ms": job.original.values["token_ms"] / gain.ratio,
+            "token_ms": token_ms,
             "first_token_ms": first_ms,
+            "energy_j": modelled_energy(job.workload, self.model, job.device, token_ms),
             "memory_bytes": float(memory),
             "drop": worse(own["measured"]["drop"], nats),
         }
@@ -254,24 +278,18 @@ class Trial:
     def context(self) -> int:
         return self.job.options.context or 0
 
-    @property
-    def cache_bytes(self) -> int:
-        """Of the plain cache for the context."""
-        return round(self.token_bytes * self.context)
-
     @cached_property
     def token_bytes(self) -> float:
         """Of the keys and values of one token, in the blocks that the plan leaves."""
         steps = Plan.from_yaml(self.candidate["plan"]).steps
         dropped = sum(len(step.layers or ()) for step in steps if isinstance(step.method, Depth))
-        whole = self.job.reference.cache_bytes / self.job.reference.max_length
         blocks = len(anatomy(self.job.workload.model).blocks)
-        return whole * (blocks - dropped) / blocks
+        return whole_token_bytes(self.job) * (blocks - dropped) / blocks
 
-    @property
-    def _rest(self) -> float:
-        """Bytes beside the cache."""
-        return self.candidate["measured"]["memory_bytes"] - self.cache_bytes
+
+def whole_token_bytes(job: Job) -> float:
+    """Of the keys and values of one token in the original."""
+    return job.reference.cache_bytes / job.reference.max_length
 
 
 def low_bit_share(policy: LowBit, tokens: int, width: int) -> float:
