@@ -92,8 +92,9 @@ def compare_students(job: Job) -> bool:
     """
     if not wants_student(job) or job.left_to_recover() < 2 * SHORTEST_S:
         return False
-    best, taken_s = job.best(), [0.0]
-    starts, check_s = starts_within(job, taken_s), max(taken_s)  # a taught student is measured once more
+    best, taken_s = job.best(), list[float]()
+    starts = starts_within(job, taken_s)
+    check_s = max(taken_s, default=0.0)  # a taught student is measured once more
     seconds = job.left_to_recover() / (1 + len(starts)) - check_s
     if not starts or seconds < SHORTEST_S:
         return False
