@@ -43,13 +43,13 @@ def ticking(train, monkeypatch):
 
 
 class Stub:
-    """A training whose steps take 0.1 s and whose first step may wait for something else."""
+    """A training whose steps take 1/8 s and whose first step may wait for something else."""
 
     def __init__(self, clock, rate):
         self.clock, self.rate, self.steps, self.samples, self.shares = clock, rate, 0, 0, []
 
     def advance(self, done):
-        self.clock.now += 0.1
+        self.clock.now += 0.125
         self.steps, self.samples = self.steps + 1, self.samples + 8
         self.shares.append(done)
 
@@ -77,13 +77,13 @@ def case_of(train, clock, name="plain", before_s=0.0, best=3e-3, made=None):
 
 def test_measuring_does_not_count_and_what_comes_before_the_first_step_does(train, ticking):
     made = []
-    rows = train.race(case_of(train, ticking, before_s=0.3, made=made), 0, 3e-3, 1.0, train.LOOKS, "test")
+    rows = train.race(case_of(train, ticking, before_s=0.375, made=made), 0, 3e-3, 1.0, train.LOOKS, "test")
     assert [row["of_the_time"] for row in rows] == ["1/2", "all"]  # before these it had not begun
-    assert [row["steps"] for row in rows] == [2, 7]
+    assert [row["steps"] for row in rows] == [1, 5]
     assert [row["seconds"] for row in rows] == [0.5, 1.0]
     shares = made[0][1].shares
     assert shares[0] == 0
-    assert shares[-1] == pytest.approx(6 / 7)
+    assert shares[-1] == pytest.approx(4 / 5)
 
 
 def test_a_training_that_never_began_is_scored_as_it_is(train, ticking):
