@@ -109,12 +109,12 @@ def path(line: Line, stroke: str, view: View, place: float) -> str:
     dash = ' stroke-dasharray="5 3"' if line.dashed else ""
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
     bar = f"M{end[0]:.1f} {view.y(y - spread):.1f}V{view.y(y + spread):.1f}"
-    at, text = f"{WIDTH + 14}", escape(line.name)
+    to_name = f"M{end[0]:.1f} {end[1]:.1f}L{WIDTH + 12} {place:.1f}"
+    wide = 2.4 if line.strong else 1.4
     return (
-        f'<polyline points="{points}" fill="none" stroke="{stroke}" stroke-width="{2.4 if line.strong else 1.4}"{dash}/>'
-        f'<path d="{bar}" stroke="{stroke}"/>'
-        f'<path d="M{end[0]:.1f} {end[1]:.1f}L{WIDTH + 12} {place:.1f}" stroke="{stroke}" stroke-width="0.5" fill="none"/>'
-        f'<text x="{at}" y="{place + 4:.1f}" style="fill:{stroke}">{text} {y:.4g}</text>'
+        f'<g stroke="{stroke}" fill="none"><polyline points="{points}" stroke-width="{wide}"{dash}/>'
+        f'<path d="{bar}"/><path d="{to_name}" stroke-width="0.5"/></g>'
+        f'<text x="{WIDTH + 14}" y="{place + 4:.1f}" style="fill:{stroke}">{escape(line.name)} {y:.4g}</text>'
     )
 
 

@@ -55,8 +55,9 @@ from lilliput.zoo import images, nets
 
 PLAIN = "plain"
 PICTURES, TEST_PICTURES = 8000, 4000
-WINDOWS = Windows(0, 1, length=128, training_windows=8192, test_windows=96)
-HALF_WIDTH = {"width": 0.5, "heads": 1.0, "ffn": 0.5, "depth": 1.0}  # of llama-tiny: 96 wide, 6 blocks
+WINDOWS = Windows(0, 1, length=64, training_windows=8192, test_windows=128)
+SELECTION = WeightSelection(width=0.5, heads=1.0, ffn=0.5, depth=1.0)  # of llama-tiny: 96 wide, 6 blocks
+SUBCLONING = WeightSubcloning(width=0.5, heads=1.0, ffn=0.5, depth=1.0)
 FIRST_SHARE = 0.3  # of the time for a model that another one begins with or learns from
 TEMPERATURE, HARD = 2.0, 0.5  # of distillation, as fits have them
 TEACHER = "resnet-small"  # of pictures; of text it is llama-tiny
@@ -330,7 +331,7 @@ def by_logits(s: Setting) -> Training:
 
 
 def cut_out_and_taught(s: Setting) -> Training:
-    return taught(s, cut_out(WeightSubcloning(**HALF_WIDTH), s))
+    return taught(s, cut_out(SUBCLONING, s))
 
 
 def moving_target(s: Setting, tried: int = 6) -> Training:
@@ -373,7 +374,7 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
 @cache
 def half_config() -> Any:
     """Of a Llama half as wide as llama-tiny."""
-    return WeightSelection(**HALF_WIDTH).apply(nets.load("llama-tiny")).config
+    return SELECTION.apply(nets.load("llama-tiny")).config
 
 
 def half_llama() -> nn.Module:
@@ -382,11 +383,13 @@ def half_llama() -> nn.Module:
     return LlamaForCausalLM(half_config())
 
 
+@cache
 def addresses(seed: int) -> tuple[Batch, Workload]:
     work = language_work("llama-tiny", WINDOWS, seed)
     return (torch.cat([batch["input_ids"] for batch in work.training or ()]),), work
 
 
+@cache
 def pictures(seed: int) -> tuple[Batch, None]:
     return training_set(seed, PICTURES).tensors, None
 
@@ -416,7 +419,7 @@ CNN = Task(
     percent_right,
 )  # fmt: skip
 VIT = Task(
-    "vision transformer", "% right", True, 64, pictures, partial(nets.vit, dim=64, layers=6, heads=4), class_loss,
+    "vision transformer", "% right", True, 64, pictures, partial(nets.vit, dim=32, layers=6, heads=4), class_loss,
     percent_right,
 )  # fmt: skip
 
@@ -438,9 +441,8 @@ CASES = [
     Case(TEXT, "layers.layer_wise_scaling", partial(changed, layer_wise)),
     Case(TEXT, "layers.gqkva", partial(changed, lambda s: Gqkva(init="first").apply(s.net()))),
     Case(TEXT, "train.epas", progressive_sharing),
-    Case(TEXT, "initialize.weight_subcloning",
-         partial(changed, partial(cut_out, WeightSubcloning(**HALF_WIDTH))), LARGER),
-    Case(TEXT, "initialize.weight_selection", partial(changed, partial(cut_out, WeightSelection(**HALF_WIDTH))), LARGER),
+    Case(TEXT, "initialize.weight_subcloning", partial(changed, partial(cut_out, SUBCLONING)), LARGER),
+    Case(TEXT, "initialize.weight_selection", partial(changed, partial(cut_out, SELECTION)), LARGER),
     Case(TEXT, "distill.logits", by_logits, LARGER),
     Case(TEXT, "distill.taid", moving_target, LARGER),
     Case(TEXT, "weight_subcloning and logits", cut_out_and_taught, LARGER),

@@ -131,7 +131,9 @@ def run_all(cases: list[Case], seeds: int, seconds: float, path: Path, facts: Ro
         for seed in missing:
             rows += rows_of(case, seed, rate, seconds)
             write_rows(path, rows, **facts)
-            print(*(f"{key}={rows[-1][key]}" for key in ("task", "method", "seed", "score", "unit", "rate")), flush=True)
+            print(
+                *(f"{key}={rows[-1][key]}" for key in ("task", "method", "seed", "score", "unit", "rate")), flush=True
+            )
     return rows
 
 
@@ -175,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="a part of the names of tasks and methods")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a training")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of a training")
     parser.add_argument("--threads", type=int, default=Device.here().cores)
     parser.add_argument("--out", type=Path, default=Path("results") / "train.csv")
     parser.add_argument("--picture", type=Path, default=Path("docs") / "train.svg")

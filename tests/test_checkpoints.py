@@ -43,7 +43,14 @@ print(json.dumps({"losses": history.losses, "weights": weights}))
 
 
 def started(folder, name, pause_s):
-    arguments = [sys.executable, "-c", PROGRAM, str(folder / f"{name}.ckpt"), str(folder / f"{name}.step"), str(pause_s)]
+    arguments = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        str(folder / f"{name}.ckpt"),
+        str(folder / f"{name}.step"),
+        str(pause_s),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder

@@ -117,15 +117,17 @@ def test_slack_is_that_of_the_tightest_limit():
 
 
 def test_shapes_meet_the_budget_and_use_it(job):
-    starts = starts_within(job)
+    taken_s = []
+    starts = starts_within(job, taken_s)
     assert set(starts) == set(SHAPES)
+    assert len(taken_s) >= len(starts)
     for start in starts.values():
         model = Plan([Step(start), Step(FORMATS[FORMAT])]).apply(job.workload)
         assert 0.3 <= state_bytes(model.state_dict()) / job.budget.limits["size_bytes"] <= 1
 
 
 def test_out_of_reach_is_no_shape(llama_work):
-    assert starts_within(FakeJob(llama_work, 100)) == {}
+    assert starts_within(FakeJob(llama_work, 100), []) == {}
 
 
 # --- when a student is tried -----------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from lilliput.fitting.recover import all_cores, recovered
 from lilliput.fitting.report.page import write_report
 from lilliput.fitting.request import Options, facts_of, read_options, remembered
 from lilliput.fitting.search import lagrangian_seeds, ranked, search
-from lilliput.fitting.serve import choices, freed_bytes, may_use_policies, reserve_s, serving_rows
+from lilliput.fitting.serve import check_context, choices, freed_bytes, may_use_policies, reserve_s, serving_rows
 from lilliput.fitting.space import Genome, Space
 from lilliput.fitting.spaces import build_space, rivals
 from lilliput.fitting.student import compare_students, wants_student
@@ -130,11 +130,7 @@ class Job:
         self.progress.step("measuring the original")
         self.runtime = pick_runtime(self.options.runtime, self.workload.model, self.workload)
         self.threads = self.options.threads or torch.get_num_threads()
-        if self.options.context is not None and not self.runtime.keeps_text:
-            raise UserError(
-                f"the runtime {self.runtime.name} keeps no keys and values, so a context says nothing about it; "
-                "leave out context, or take the runtime lean"
-            )
+        check_context(self)
 
         def compute() -> dict[str, Any]:
             found = measure(self.workload, runtime=self.runtime, threads=self.threads, split=None)

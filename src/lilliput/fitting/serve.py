@@ -50,6 +50,15 @@ FEWEST, STEP = 32, 16  # tokens that a policy keeps at least, and what their num
 FITTING = 2.0  # times the limit, or times what the typical policy gives back, that serving may mend
 
 
+def check_context(job: Job) -> None:
+    """Raise UserError when a context is asked of a runtime that keeps none."""
+    if job.options.context is not None and not job.runtime.keeps_text:
+        raise UserError(
+            f"the runtime {job.runtime.name} keeps no keys and values, so a context says nothing about it; "
+            "leave out context, or take the runtime lean"
+        )
+
+
 def wants_drafts(job: Job) -> bool:
     """Whether drafts may help: a time per token is limited and can be measured."""
     able = job.options.serve and job.runtime.keeps_text and job.device.measured

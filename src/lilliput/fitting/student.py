@@ -1,4 +1,4 @@
-"""Another way into a small budget: a student is cut out of the model to a shape that meets it, and learns from the model.
+"""Another way into a small budget: a student is cut out of the model to a shape that meets it, and learns from it.
 
 Tried for a decoder when by prediction 4 bits in every layer do not meet the budget: then plans in place must go to
 fewer bits and prune as well. One student is narrower, one narrower and shallower; each becomes as large as the budget
@@ -92,9 +92,9 @@ def compare_students(job: Job) -> bool:
     """
     if not wants_student(job) or job.seconds_left() < 2 * SHORTEST_S:
         return False
-    begin, best = time.monotonic(), job.best()
-    starts = starts_within(job)
-    check_s = (time.monotonic() - begin) / max(len(starts), 1)  # of a student: measuring it takes about as long again
+    best, taken_s = job.best(), list[float]()
+    starts = starts_within(job, taken_s)
+    check_s = max(taken_s, default=0.0)  # a taught student is measured once more
     seconds = job.seconds_left() / (1 + len(starts)) - check_s
     if not starts or seconds < SHORTEST_S:
         return False
@@ -109,13 +109,14 @@ def compare_students(job: Job) -> bool:
     return True
 
 
-def starts_within(job: Job) -> dict[str, WeightSubcloning]:
-    """Name -> cut, of each kind the largest whose measured costs meet the budget; none of a model that is not cut."""
-    found = {}
+def starts_within(job: Job, taken_s: list[float]) -> dict[str, WeightSubcloning]:
+    """Name -> cut, of each kind a large one whose measured costs meet the budget; none of a model that is not cut. The
+    seconds of each measurement are appended to `taken_s`."""
+    found: dict[str, WeightSubcloning] = {}
     for name, shape in SHAPES.items():
         job.progress.say(f"shape of a {name}")
         try:
-            start = _start_within(job, shape)
+            start = _start_within(job, shape, taken_s)
         except UserError as error:  # of models whose config has no such sizes
             job.progress.say(str(error))
             continue
@@ -124,15 +125,16 @@ def starts_within(job: Job) -> dict[str, WeightSubcloning]:
     return found
 
 
-def _start_within(job: Job, shape: Shape) -> WeightSubcloning | None:
+def _start_within(job: Job, shape: Shape, taken_s: list[float]) -> WeightSubcloning | None:
     parent = parent_sizes(job.workload.model, "a student")
     share = math.sqrt(_four_bits_slack(job))
     start, left = None, 0.0
     for _ in range(TRIES):
         settings = shape(share, parent)
         if start is None or settings != {key: getattr(start, key) for key in settings}:
-            start = WeightSubcloning(**settings)
+            start, begin = WeightSubcloning(**settings), time.monotonic()
             left = slack(job.budget, _costs(job, settings))
+            taken_s.append(time.monotonic() - begin)
         if left >= 1:
             return start
         share *= min(0.9, math.sqrt(left))
