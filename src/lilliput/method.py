@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import Cache
 
+    from lilliput.methods.guard._guarded import GuardedModel
     from lilliput.workload import Workload
 
 STAGES = ("initialize", "prune", "factorize", "tokens", "depth", "train", "distill", "quantize", "serve", "audit")
@@ -266,6 +267,19 @@ class Audit(Settings):
 
     def check(self, workload: Workload, before: Any, after: Any) -> Findings:
         """Compare the changed model with the original. Raises UserError for what the audit does not support."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Guard(Settings):
+    """Watches what a model is asked at run time: `guard.around(model, workload)` answers, and says what it doubts."""
+
+    facts: ClassVar[Facts]
+    paper: ClassVar[str] = ""  # slug of the paper this implements, if any
+
+    def around(self, model: nn.Module, workload: Workload) -> GuardedModel:
+        """A module around `model`, which stays as it is; harmless data for it comes from the workload, never the test
+        split. Raises UserError for a model that it does not fit and for too little data."""
         raise NotImplementedError
 
 

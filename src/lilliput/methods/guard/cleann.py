@@ -1,0 +1,156 @@
+"""Answers pictures that carry a trojan's trigger as if they did not: what harmless data cannot explain is rebuilt.
+
+Paper: CLEANN: Accelerated Trojan Shield for Embedded Neural Networks (Javaheripi et al., 2020, arXiv 2009.02326)
+
+    a = OMP(c / deviation),  c the cosine transform of a piece of the picture, atoms learned from harmless ones
+    e = |c / deviation - D a|;   flagged where (e - mean) / deviation > bound;   a flagged piece becomes D a
+
+and the same for the features that the linear head reads. No label and no triggered picture is used: the calibration
+data is split in two, one half for the atoms, one for mean, deviation and bound, which Cantelli's inequality gives for
+the wanted share of false alarms. The guard's forward pass answers the cleaned picture. Reconstructed: a dictionary for
+each place of a picture, frequencies scaled by their deviation there, one bound for the most striking piece, and atoms
+learned by the method of optimal directions. Triggers that cover the whole picture faintly pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lilliput.hooks import evaluating
+from lilliput.method import UNLABELLED, Facts, Guard, knob
+from lilliput.methods.audit._pictures import cosines
+from lilliput.methods.guard._dictionary import assembled, learned_atoms, pieces, sparsely
+from lilliput.methods.guard._guarded import (
+    GuardedModel,
+    Seen,
+    answered,
+    changing_input,
+    linear_head,
+    one_sided_limit,
+    pictures_of,
+)
+from lilliput.workload import Workload
+
+FLOOR = 0.05  # least deviation of a frequency or of a place, as a share of the mean of all
+
+
+class Analyser(nn.Module):
+    """How far vectors (G, N, d) of G kinds are from what few atoms explain, and what these atoms make of them."""
+
+    center: Tensor
+    scale: Tensor
+    atoms: Tensor
+    mean: Tensor
+    deviation: Tensor
+    bound: Tensor
+
+    def __init__(self, harmless: Tensor, atoms: int, count: int, false_alarms: float):
+        """Learn from harmless vectors (G, N, d)."""
+        super().__init__()
+        self.count = count
+        self.register_buffer("center", harmless.mean(1, keepdim=True))
+        spread = harmless.std(1, keepdim=True)
+        self.register_buffer("scale", spread + FLOOR * spread.mean().clamp_min(1e-6))
+        first, second = harmless[:, ::2], harmless[:, 1::2]
+        self.register_buffer("atoms", learned_atoms(self._scaled(first), atoms, count))
+        error = self._explained(second)[1]
+        self.register_buffer("mean", error.mean(1, keepdim=True))
+        deviation = error.std(1, keepdim=True)
+        self.register_buffer("deviation", deviation + FLOOR * deviation.mean().clamp_min(1e-6))
+        striking = ((error - self.mean) / self.deviation).amax(0)
+        self.register_buffer("bound", one_sided_limit(striking, false_alarms).clamp_min(1e-6))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return (x - self.center) / self.scale
+
+    def _explained(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = self._scaled(x)
+        simple = sparsely(scaled, self.atoms, self.count)
+        return simple * self.scale + self.center, (scaled - simple).norm(dim=-1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x rebuilt from atoms (G, N, d), and doubts (G, N), above 1 where it is out of bounds."""
+        simple, error = self._explained(x)
+        return simple, (error - self.mean) / self.deviation / self.bound
+
+
+class CleannModel(GuardedModel):
+    """A model whose inputs and features are cleaned of what harmless data does not explain."""
+
+    waves: Tensor
+
+    def __init__(self, model: nn.Module, head: str, settings: Cleann, harmless: Tensor):
+        super().__init__(model)
+        self.head, self.size = head, settings.patch
+        how = settings.atoms, settings.sparsity, settings.false_alarms / 2  # two analysers share the false alarms
+        self.register_buffer("waves", cosines(settings.patch).to(harmless))
+        self.input_analyser = Analyser(self._transformed(harmless), *how)
+        self.feature_analyser = Analyser(self._features(harmless).unsqueeze(0), *how)
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        """The cosine transform of all pieces, (places, B, C size^2)."""
+        parts = pieces(x, self.size).unflatten(-1, (x.shape[1], self.size, self.size))
+        return (self.waves @ parts @ self.waves.T).flatten(2)
+
+    def _restored(self, parts: Tensor, shape: torch.Size) -> Tensor:
+        waves = parts.unflatten(-1, (shape[1], self.size, self.size))
+        return assembled((self.waves.T @ waves @ self.waves).flatten(2), shape, self.size)
+
+    @torch.no_grad()
+    def _features(self, x: Tensor) -> Tensor:
+        """What the head reads, (B, d)."""
+        seen: list[Tensor] = []
+        with evaluating(self.model), changing_input(self.model, self.head, lambda f: seen.append(f) or f):
+            for part in x.split(128):
+                answered(self.model, part)
+        return torch.cat(seen).flatten(1)
+
+    def clean(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures with flagged pieces rebuilt, and the doubt (B,) about the most striking piece of each; pictures
+        without a flagged piece are as they were to the bit."""
+        parts = self._transformed(input)
+        simple, doubt = self.input_analyser(parts)
+        flagged = doubt > 1
+        cleaned = self._restored(torch.where(flagged.unsqueeze(-1), simple, parts), input.shape)
+        mask = self._restored_mask(flagged, input)
+        return torch.where(mask, cleaned, input), doubt.amax(0)
+
+    def _restored_mask(self, flagged: Tensor, x: Tensor) -> Tensor:
+        """(B, C, H, W) where flagged (places, B) pieces lie."""
+        marks = flagged.to(x.dtype).unsqueeze(-1).expand(-1, -1, x.shape[1] * self.size**2)
+        return assembled(marks, x.shape, self.size) > 0
+
+    def inspect(self, input: Tensor) -> Seen:
+        cleaned, doubt = self.clean(input)
+        doubts = [doubt]
+
+        def change(features: Tensor) -> Tensor:
+            simple, far = self.feature_analyser(features.flatten(1).unsqueeze(0))
+            doubts.append(far[0])
+            return torch.where((far[0] > 1).unsqueeze(-1), simple[0], features.flatten(1)).view_as(features)
+
+        with evaluating(self.model), changing_input(self.model, self.head, change):
+            logits = answered(self.model, cleaned)
+        score = torch.stack(doubts).amax(0)
+        return Seen(logits, score, score > 1)
+
+
+@dataclass(frozen=True)
+class Cleann(Guard):
+    """Clean pictures and features of what sparse codes of harmless data do not explain, and answer what is left."""
+
+    patch: int = knob(7, low=2, high=64, help="side of a piece in pixels")
+    atoms: int = knob(96, low=2, high=4096, help="atoms of each dictionary, at most half the calibration examples")
+    sparsity: int = knob(4, low=1, high=64, help="atoms that may explain a piece")
+    false_alarms: float = knob(0.05, low=1e-4, high=0.5, log=True, help="bound on the share of harmless inputs flagged")
+
+    facts: ClassVar[Facts] = Facts(stage="serve", data=UNLABELLED, effect="answers triggered inputs as harmless ones")
+    paper: ClassVar[str] = "cleann"
+
+    def around(self, model: nn.Module, workload: Workload) -> CleannModel:
+        head = linear_head(model, self.name())
+        return CleannModel(model, head, self, pictures_of(workload, self.name()))
