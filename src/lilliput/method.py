@@ -186,9 +186,7 @@ class CachePolicy(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, default in self.defaults().items():
-            if type(default) is int and type(value := getattr(self, name)) is not int:
-                raise UserError(f"{type(self).__name__}.{name} is {value!r}; give a whole number")
+        _check_whole(self)
 
     def cache(self, model: nn.Module) -> Cache:
         """An empty cache for one text or one batch of texts. Raises UserError for a model that it does not fit."""
@@ -277,10 +275,21 @@ class Guard(Settings):
     facts: ClassVar[Facts]
     paper: ClassVar[str] = ""  # slug of the paper this implements, if any
 
+    def __post_init__(self):
+        super().__post_init__()
+        _check_whole(self)
+
     def around(self, model: nn.Module, workload: Workload) -> GuardedModel:
         """A module around `model`, which stays as it is; harmless data for it comes from the workload, never the test
         split. Raises UserError for a model that it does not fit and for too little data."""
         raise NotImplementedError
+
+
+def _check_whole(settings: Settings) -> None:
+    """Refuse a fraction where the default is a whole number."""
+    for name, default in settings.defaults().items():
+        if type(default) is int and type(value := getattr(settings, name)) is not int:
+            raise UserError(f"{type(settings).__name__}.{name} is {value!r}; give a whole number")
 
 
 def _abbreviate(names: Sequence[str], limit: int = 6) -> str:

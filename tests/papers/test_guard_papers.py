@@ -50,14 +50,22 @@ def cleann_evidence(ours, blur, still=2.0, lost=1.0):
             table.add(name, f"recovered_{kind}_percent", right)
             table.add(name, f"success_{kind}_percent", still)
             table.add(cleann.NONE, f"working_{kind}_nets", 1.0)
-    recovered = {name: [v - 1, v, v + 1] for name, v in ((cleann.OURS, ours), (cleann.BLUR, blur), (cleann.VOTES, 20.0))}
+    recovered = {
+        name: [v - 1, v, v + 1] for name, v in ((cleann.OURS, ours), (cleann.BLUR, blur), (cleann.VOTES, 20.0))
+    }
     recovered[cleann.BLUR] = [blur, blur - 1, blur + 1]
     return cleann.evidence(table, recovered, cleann.DEFAULT, 0)
 
 
 @pytest.mark.parametrize(
     ("ours", "blur", "still", "lost", "holds"),
-    [(80, 60, 2, 1, True), (60, 80, 2, 1, False), (60.5, 60, 2, 1, False), (80, 60, 30, 1, False), (80, 60, 2, 5, False)],
+    [
+        (80, 60, 2, 1, True),
+        (60, 80, 2, 1, False),
+        (60.5, 60, 2, 1, False),
+        (80, 60, 30, 1, False),
+        (80, 60, 2, 5, False),
+    ],
 )
 def test_the_rule_of_cleann(ours, blur, still, lost, holds):
     found = cleann_evidence(float(ours), float(blur), still, lost)
@@ -97,8 +105,8 @@ def test_rivals_of_cleann_do_what_they_say(pictures):
 
 
 def test_cleann_runs(splits, monkeypatch):
-    monkeypatch.setattr(cleann, "DEFAULT", dataclasses.replace(cleann.DEFAULT, nets=1, pictures=500, steps=60, benign=200,
-                                                               test_pictures=200))  # fmt: skip
+    small = dataclasses.replace(cleann.DEFAULT, nets=1, pictures=500, steps=60, benign=200, test_pictures=200)
+    monkeypatch.setattr(cleann, "DEFAULT", small)
     found = cleann.experiment()
     assert {row.name for row in found.rows} >= {cleann.NONE}
     assert "nets" in found.setup
@@ -121,7 +129,9 @@ def rows_of(names, **quantities):
 )
 def test_the_rule_of_deepfense(ours, best, alarms, holds):
     names = (deepfense.OURS, *deepfense.RIVALS)
-    table = rows_of(names, false_alarm_percent=alarms, caught_percent=50.0, adaptive_evades_percent=40.0, fooled_percent=9)
+    table = rows_of(
+        names, false_alarm_percent=alarms, caught_percent=50.0, adaptive_evades_percent=40.0, fooled_percent=9
+    )
     areas = {name: [0.5, 0.5, 0.5] for name in names}
     areas[deepfense.OURS] = [ours - 0.01, ours, ours + 0.01]
     areas[deepfense.SQUEEZING] = [best, best - 0.01, best + 0.01]

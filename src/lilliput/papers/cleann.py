@@ -101,9 +101,8 @@ def judged_net(
     found = {}
     for name, defence in defences(model, benign).items():
         found[name] = measured(table, name, kind, defence, test, marked, others.labels, target)
-        calm = defence(benign.inputs())[1]
         if name in (OURS, STRIP):
-            bound = 1.0 if name == OURS else float(calm.quantile(0.95))
+            bound = 1.0 if name == OURS else float(defence(benign.inputs())[1].quantile(0.95))
             add_detection(table, name, kind, defence(marked)[1], defence(test.inputs())[1], bound)
         took = latency.measure(lambda d=defence: d(marked[:1]), min_seconds=0.05)
         table.add(name, "ms", took.median_ms)
@@ -251,11 +250,11 @@ def evidence(table: Table, recovered: dict[str, list[float]], effort: Effort, se
         f"without labels; seed {seed}",
         rows=rows,
         holds=bool(holds),
-        figure=f"accuracy on triggered pictures {said(gain, 1)} points over {best}; {still:.0f}% of known triggers still "
-        f"work; clean pictures lose {lost:.1f} points; {adaptive_figure(by_name)}",
+        figure=f"accuracy on triggered pictures {said(gain, 1)} points over {best}; {still:.0f}% of known triggers "
+        f"still work; clean pictures lose {lost:.1f} points; {adaptive_figure(by_name)}",
         limits="One small architecture, grey pictures of 28 pixels, attacks on one target class. Dictionaries for each "
-        "place, scaled frequencies and the bound are reconstructed, and nothing runs on an FPGA. The attackers who know "
-        "the guard shape the trigger only; none trains the network against the feature analyser.",
+        "place, scaled frequencies and the bound are reconstructed, and nothing runs on an FPGA. The attackers who "
+        "know the guard shape the trigger only; none trains the network against the feature analyser.",
     )
 
 

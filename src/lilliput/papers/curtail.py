@@ -144,6 +144,6 @@ def evidence(table: Table, found: Found, effort: Effort, seed: int) -> Evidence:
         figure=f"area at the most vulnerable layer {statistics.fmean(found.areas[TOP]):.3f}: {over}; rank correlation "
         f"of measure and area {top['rank_correlation']:+.2f}; alarms on test pictures "
         f"{', '.join(f'{top[key(share)]:.1f}% at {share:.0%}' for share in SHARES)}",
-        limits="The three measures and the mean of their ranks are reconstructed, as are the modules' loss and density. "
-        "Seven layers of one small architecture on small grey pictures; no JSMA; modules are not run in parallel.",
+        limits="The three measures and the mean of their ranks are reconstructed, as are the modules' loss and density "
+        "function. Seven layers of one small architecture on small grey pictures; no JSMA; modules are not run in parallel.",
     )

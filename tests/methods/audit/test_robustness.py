@@ -14,7 +14,7 @@ from lilliput.method import HARM, NO_HARM, UNSURE
 from lilliput.methods.audit import robustness
 from lilliput.methods.audit._adversarial import ATTACKS, BOUNDED, UnitInput, crafted, within
 from lilliput.methods.audit.robustness import ANY, TRANSFERRED, Robustness
-from lilliput.methods.quantize.group import Group
+from lilliput.methods.quantize.int8 import Int8
 from lilliput.workload import Workload
 
 SIDE, EPS = 8, 0.02
@@ -134,7 +134,7 @@ def test_a_model_that_hides_its_gradient_is_seen_through(work, weight):
 
 @needs_toolbox
 def test_integer_weights_are_attacked_straight_through_and_judged_themselves(work):
-    packed = Group(bits=8 if 8 in Group.knobs()["bits"].choices else 4, group=32).apply(work.model, work)
+    packed = Int8().apply(work.model, work)
     found = Robustness(eps=EPS, samples=120).check(work, work.model, packed)
     assert found.details["integer_layers"] == 1
     assert "straight" in found.summary
@@ -169,8 +169,8 @@ def test_what_cannot_be_attacked_is_refused(work, weight, llama_work, scripted):
     flat, model = scripted([0, 1], [0, 1], [0, 1])
     with pytest.raises(UserError, match="no pictures"):
         Robustness().check(flat, flat.model, model)
+    nothing = dataclasses.replace(work, test=[{k: v[:0] for k, v in work.test[0].items()}])
     with pytest.raises(UserError, match="holds no sample"):
-        nothing = dataclasses.replace(work, test=[{k: v[:0] for k, v in work.test[0].items()}])
         Robustness().check(nothing, work.model, work.model)
 
 

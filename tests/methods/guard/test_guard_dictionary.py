@@ -1,4 +1,4 @@
-"""Sparse codes against a plain greedy search, dictionaries against the one that made the data, and pieces of pictures."""
+"""Sparse codes against a plain greedy search, dictionaries against the data's own, and pieces of pictures."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Accuracy under adversarial attacks by FGSM, PGD, DeepFool and Carlini & Wagner, before and after, masking seen through.
+"""Accuracy under adversarial attacks by FGSM, PGD, DeepFool and Carlini & Wagner, before and after.
 
 Papers: those of the attacks (arXiv 1412.6572, 1706.06083, 1511.04599, 1608.04644); Obfuscated Gradients Give a False
 Sense of Security (Athalye et al., 2018, arXiv 1802.00420) for the question whether gradients can be trusted.

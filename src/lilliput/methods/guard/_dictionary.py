@@ -68,7 +68,7 @@ def learned_atoms(x: Tensor, atoms: int, count: int, rounds: int = 8, seed: int 
 
 
 def pieces(x: Tensor, size: int) -> Tensor:
-    """Pictures (B, C, H, W) -> (places, B, C size^2), without overlap; sides that size does not divide are continued."""
+    """Pictures (B, C, H, W) -> (places, B, C size^2), without overlap; sides that do not fit are continued."""
     padded = F.pad(x, (0, -x.shape[3] % size, 0, -x.shape[2] % size), mode="replicate")
     return F.unfold(padded, size, stride=size).permute(2, 0, 1)
 

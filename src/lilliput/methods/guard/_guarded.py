@@ -30,6 +30,7 @@ class GuardedModel(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.training = model.training  # whoever sets the mode of this sets that of the model
 
     def inspect(self, input: Tensor) -> Seen:
         """Answers and doubts; input (B, ...)."""

@@ -1,10 +1,11 @@
 """Modular redundancy: modules beside a model that each know how harmless inputs look from one place, and doubt others.
 
-    latent module:  a copy of the model, trained on with  CE + gamma (|f - C_y|^2 - mean_i |f - C_i|^2 + sum_i (|C_i| - 1)^2)
+    latent module:  a copy of the model, trained further with
+                    CE + gamma (|f - C_y|^2 - mean_i |f - C_i|^2 + sum_i (|C_i| - 1)^2)
                     for its features f of length 1 at one layer and class centres C; then a normal distribution of f per
                     class, r principal directions and one variance for the rest
     input module:   a dictionary of pieces of pictures per class; the error of sparse codes
-    all together:   -log prod_m Phi(-z_m),  z_m the module's value in deviations from harmless ones: 1 - p_m of a noisy or
+    all together:   -log prod_m Phi(-z_m),  z_m the module's value in deviations from harmless ones: a noisy or
 
 The victim's answer says which class's distribution is asked. Reconstructed from descriptions of DeepFense and CuRTAIL:
 weights of the loss, the mean over other centres, the variance of the rest, averages over places of a picture as
@@ -177,10 +178,12 @@ class ClassDensity(nn.Module):
         apart = features - self.mean[classes]
         along = (apart.unsqueeze(1) @ self.directions[classes]).squeeze(1)
         variances, rest = self.variances[classes], self.rest[classes]
-        outside = (apart.square().sum(-1) - along.square().sum(-1)).clamp_min(0)
+        value = (along.square() / variances + variances.log()).sum(-1)
         free = features.shape[1] - along.shape[1]
-        distance = (along.square() / variances).sum(-1) + outside / rest
-        return (distance + variances.log().sum(-1) + free * rest.log()) / 2
+        if free:
+            outside = (apart.square().sum(-1) - along.square().sum(-1)).clamp_min(0)
+            value = value + outside / rest + free * rest.log()
+        return value / 2
 
 
 class LatentModule(nn.Module):

@@ -2,14 +2,15 @@
 
 Paper: CLEANN: Accelerated Trojan Shield for Embedded Neural Networks (Javaheripi et al., 2020, arXiv 2009.02326)
 
-    a = OMP(c / deviation),  c the cosine transform of a piece of the picture, atoms learned from harmless ones
+    a = OMP(c / deviation),  c the cosine transform of a piece of the picture, D learned from harmless ones
     e = |c / deviation - D a|;   flagged where (e - mean) / deviation > bound;   a flagged piece becomes D a
 
 and the same for the features that the linear head reads. No label and no triggered picture is used: the calibration
 data is split in two, one half for the atoms, one for mean, deviation and bound, which Cantelli's inequality gives for
 the wanted share of false alarms. The guard's forward pass answers the cleaned picture. Reconstructed: a dictionary for
-each place of a picture, frequencies scaled by their deviation there, one bound for the most striking piece, and atoms
-learned by the method of optimal directions. Triggers that cover the whole picture faintly pass.
+each place of a picture, frequencies scaled by their deviation there, codes no larger than harmless ones, one bound for
+the most striking piece, and atoms learned by the method of optimal directions. Triggers that cover the whole picture
+faintly pass.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from lilliput.hooks import evaluating
 from lilliput.method import UNLABELLED, Facts, Guard, knob
 from lilliput.methods.audit._pictures import cosines
-from lilliput.methods.guard._dictionary import assembled, learned_atoms, pieces, sparsely
+from lilliput.methods.guard._dictionary import assembled, learned_atoms, pieces, rebuilt, sparse_codes
 from lilliput.methods.guard._guarded import (
     GuardedModel,
     Seen,
@@ -44,6 +45,7 @@ class Analyser(nn.Module):
     center: Tensor
     scale: Tensor
     atoms: Tensor
+    reach: Tensor
     mean: Tensor
     deviation: Tensor
     bound: Tensor
@@ -57,6 +59,8 @@ class Analyser(nn.Module):
         self.register_buffer("scale", spread + FLOOR * spread.mean().clamp_min(1e-6))
         first, second = harmless[:, ::2], harmless[:, 1::2]
         self.register_buffer("atoms", learned_atoms(self._scaled(first), atoms, count))
+        weights = sparse_codes(self._scaled(first), self.atoms, count)[1]
+        self.register_buffer("reach", weights.abs().amax((1, 2), keepdim=True))
         error = self._explained(second)[1]
         self.register_buffer("mean", error.mean(1, keepdim=True))
         deviation = error.std(1, keepdim=True)
@@ -69,7 +73,8 @@ class Analyser(nn.Module):
 
     def _explained(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scaled = self._scaled(x)
-        simple = sparsely(scaled, self.atoms, self.count)
+        index, weights = sparse_codes(scaled, self.atoms, self.count)
+        simple = rebuilt(index, weights.clamp(-self.reach, self.reach), self.atoms)
         return simple * self.scale + self.center, (scaled - simple).norm(dim=-1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

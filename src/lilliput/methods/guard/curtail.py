@@ -94,15 +94,19 @@ def vulnerability_report(model: nn.Module, places: Sequence[str], examples: Exam
         moved = sensitivity(model, site, places[-1], x[:256], features)
         found.append(Vulnerability(site, unexplored(features), overlap(features, labels), moved))
     measures = torch.tensor([[v.unexplored, v.overlap, v.sensitivity] for v in found], dtype=torch.float64)
-    above = (measures.unsqueeze(0) > measures.unsqueeze(1)).double() + (measures.unsqueeze(0) == measures.unsqueeze(1)) / 2
+    above = (measures.unsqueeze(0) > measures.unsqueeze(1)).double() + (
+        measures.unsqueeze(0) == measures.unsqueeze(1)
+    ) / 2
     ranks = above.sum(1).mean(1).tolist()
     ranked = [Vulnerability(v.site, v.unexplored, v.overlap, v.sensitivity, r) for v, r in zip(found, ranks)]
-    return sorted(reversed(ranked), key=lambda v: v.rank)
+    return sorted(ranked[::-1], key=lambda v: v.rank)
 
 
 def report(model: nn.Module, workload: Workload, most: int = 1000) -> list[Vulnerability]:
     """The vulnerability of a model's layers on a workload's training data. Raises UserError for too little of it."""
-    return vulnerability_report(model, sites(model, "guard.curtail"), examples_of(workload, model, most, "guard.curtail"))
+    return vulnerability_report(
+        model, sites(model, "guard.curtail"), examples_of(workload, model, most, "guard.curtail")
+    )
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,9 @@ def best_set(costs: Sequence[Cost], limit_ms: float) -> list[int]:
     fitting = [c for c in choices if sum(costs[i].ms for i in c) <= limit_ms]
     if not fitting:
         cheapest = min(one.ms for one in costs)
-        raise UserError(f"ms is {limit_ms:g}, and the fastest module takes {cheapest:.3g}; give more, or 0 for no limit")
+        raise UserError(
+            f"ms is {limit_ms:g}, and the fastest module takes {cheapest:.3g}; give more, or 0 for no limit"
+        )
     return list(max(fitting, key=lambda c: (sum(costs[i].gain for i in c), -sum(costs[i].ms for i in c))))
 
 
