@@ -51,11 +51,13 @@ def victim(
 
 @dataclass(frozen=True)
 class Attacked:
-    """Test inputs that a victim answers rightly, their labels, and of each attack the examples that fooled it."""
+    """Test inputs that a victim answers rightly, their labels, of each attack the examples that fooled it, and all test
+    inputs, rightly answered or not; the range of inputs."""
 
     clean: Tensor
     labels: Tensor
     examples: dict[str, Tensor]
+    every: Tensor
     low: Tensor
     span: Tensor
 
@@ -67,13 +69,13 @@ def attacked(work: Classifier, effort: Effort) -> Attacked:
     x, labels = (torch.cat([batch[key] for batch in work.test]) for key in ("input", "label"))
     with torch.inference_mode():
         right = work.model(x).argmax(-1) == labels
-    x, labels = x[right], labels[right]
+    every, x, labels = x, x[right], labels[right]
     examples = {}
     for attack in ATTACKS:
         made = inside.whole(crafted(inside, inside.unit(x), labels, attack, effort.eps, effort.attack_steps))
         with torch.inference_mode():
             examples[attack] = made[work.model(made).argmax(-1) != labels]
-    return Attacked(x, labels, examples, low, high - low)
+    return Attacked(x, labels, examples, every, low, high - low)
 
 
 # --- detectors -------------------------------------------------------------------------------------------------
@@ -120,7 +122,7 @@ def bound_of(suspicion: Suspicion, work: Classifier) -> float:
 def judge(table: Table, name: str, suspicion: Suspicion, bound: float, found: Attacked) -> list[float]:
     """Note areas, caught shares and false alarms on test pictures of one victim; the areas in the order of ATTACKS."""
     with torch.no_grad():
-        calm = suspicion(found.clean)[1]
+        calm, every = (suspicion(x)[1] for x in (found.clean, found.every))
         areas, caught = [], []
         for attack in ATTACKS:
             if len(found.examples[attack]) < 2:
@@ -130,7 +132,7 @@ def judge(table: Table, name: str, suspicion: Suspicion, bound: float, found: At
             caught.append(float((scores > bound).double().mean()))
             table.add(name, f"area_{attack}", areas[-1])
     table.add(name, "caught_percent", 100 * statistics.fmean(caught or [0.0]))
-    table.add(name, "false_alarm_percent", 100 * float((calm > bound).double().mean()))
+    table.add(name, "false_alarm_percent", 100 * float((every > bound).double().mean()))
     return areas
 
 

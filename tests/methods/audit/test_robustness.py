@@ -1,7 +1,7 @@
 """Attacks against linear models, whose weakest points are known, and a model that hides its gradients."""
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 import math
 
 import numpy as np
@@ -11,14 +11,13 @@ from torch import nn
 
 from lilliput.errors import UserError
 from lilliput.method import HARM, NO_HARM, UNSURE
-from lilliput.methods.audit import robustness
-from lilliput.methods.audit._adversarial import ATTACKS, BOUNDED, UnitInput, crafted, within
+from lilliput.methods.audit._adversarial import ATTACKS, BOUNDED, UnitInput, crafted, within, without_toolbox
 from lilliput.methods.audit.robustness import ANY, TRANSFERRED, Robustness
 from lilliput.methods.quantize.int8 import Int8
 from lilliput.workload import Workload
 
 SIDE, EPS = 8, 0.02
-needs_toolbox = pytest.mark.skipif(importlib.util.find_spec("art") is None, reason="the extra `attacks` is not there")
+needs_toolbox = pytest.mark.skipif(without_toolbox() is not None, reason="the extra `attacks` is not there")
 
 
 class Plane(nn.Module):
@@ -175,6 +174,12 @@ def test_what_cannot_be_attacked_is_refused(work, weight, llama_work, scripted):
 
 
 def test_a_missing_toolbox_names_the_extra(work, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    def gone(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", gone)
     with pytest.raises(UserError, match=r"lilliput\[attacks\]"):
-        robustness.Robustness().check(work, work.model, work.model)
+        Robustness().check(work, work.model, work.model)
+    unit = UnitInput(work, work.model, torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    with pytest.raises(UserError, match=r"lilliput\[attacks\]"):
+        crafted(unit, work.test[0]["input"], work.test[0]["label"], "pgd", EPS, 5)

@@ -34,7 +34,7 @@ def test_harmless_pictures_are_answered_to_the_bit_and_rarely_flagged(guarded, t
     with torch.inference_mode():
         seen = guarded.inspect(x)
         calm = ~seen.flagged
-        assert calm.float().mean() > 0.95
+        assert calm.float().mean() > 0.9
         assert torch.equal(guarded.clean(x)[0][calm], x[calm])
         assert torch.allclose(seen.logits[calm], trojaned(x)[calm], atol=1e-5)
 
@@ -53,7 +53,7 @@ def test_features_that_no_harmless_picture_gave_are_cleaned_too(bars, test_pictu
     simple, doubt = guard.feature_analyser(odd.unsqueeze(0))
     assert (doubt > 1).all()
     assert (simple[0] - features).norm() < (odd - features).norm()
-    assert (guard.feature_analyser(features.unsqueeze(0))[1] > 1).float().mean() < 0.05
+    assert (guard.feature_analyser(features.unsqueeze(0))[1] > 1).float().mean() < 0.1
 
 
 def test_the_transform_is_scipys(guarded, test_pictures):
@@ -74,8 +74,9 @@ def test_the_bound_holds_for_any_distribution(share):
 
 def test_fewer_false_alarms_are_a_higher_bound(bars):
     x = torch.cat([b["input"] for b in bars.calibration]).flatten(1).unsqueeze(0)
-    bounds = [float(Analyser(x, 16, 3, share).bound) for share in (0.2, 0.02)]
-    assert bounds[0] < bounds[1]
+    for bound in ("percentile", "chebyshev"):
+        bounds = [float(Analyser(x, SMALL.with_(bound=bound, false_alarms=share)).bound) for share in (0.2, 0.02)]
+        assert bounds[0] < bounds[1]
 
 
 class Headless(nn.Module):

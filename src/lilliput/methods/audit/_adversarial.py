@@ -8,7 +8,7 @@ arXiv 1511.04599); Towards Evaluating the Robustness of Neural Networks (Carlini
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -30,8 +30,12 @@ INTEGERS = (torch.int8, torch.uint8, torch.int16)
 
 def without_toolbox() -> UserError | None:
     """The error that names the extra when the toolbox is not installed."""
-    found = importlib.util.find_spec("art")
-    return None if found else missing_extra("adversarial-robustness-toolbox", "attacks")
+    package = "adversarial-robustness-toolbox"  # another package is imported as `art` too
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return missing_extra(package, "attacks")
+    return None
 
 
 class UnitInput(nn.Module):
@@ -95,6 +99,8 @@ def within(x: Tensor, made: Tensor, eps: float, attack: str) -> Tensor:
 
 
 def _attack(model: UnitInput, x: Tensor, labels: Tensor, attack: str, eps: float, steps: int) -> Any:
+    if error := without_toolbox():
+        raise error
     from art.attacks import evasion
 
     with torch.no_grad():
@@ -121,8 +127,6 @@ def _attack(model: UnitInput, x: Tensor, labels: Tensor, attack: str, eps: float
 @cache
 def _classifier() -> type:
     """The toolbox's classifier, with one pass back where each sample asks for the gradient of its own class."""
-    if error := without_toolbox():
-        raise error
     from art.estimators.classification import PyTorchClassifier
 
     class Classifier(PyTorchClassifier):

@@ -5,11 +5,11 @@
                     for its features f of length 1 at one layer and class centres C; then a normal distribution of f per
                     class, r principal directions and one variance for the rest
     input module:   a dictionary of pieces of pictures per class; the error of sparse codes
-    all together:   -log prod_m Phi(-z_m),  z_m the module's value in deviations from harmless ones: a noisy or
+    all together:   -log prod_m Phi(-z_m),  z_m the module's value in deviations from harmless ones of its class
 
 The victim's answer says which class's distribution is asked. Reconstructed from descriptions of DeepFense and CuRTAIL:
 weights of the loss, the mean over other centres, the variance of the rest, averages over places of a picture as
-features, and normal tails as the modules' probabilities.
+features, values in deviations of their class, and normal tails as the modules' probabilities (1 - p_m) of a noisy or.
 """
 
 from __future__ import annotations
@@ -186,6 +186,22 @@ class ClassDensity(nn.Module):
         return value / 2
 
 
+class ClassScale(nn.Module):
+    """Values in deviations from the mean of their class, as values (N,) of labelled examples (N,) have them."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, values: Tensor, labels: Tensor, classes: int):
+        super().__init__()
+        own = [values[labels == c] for c in range(classes)]
+        self.register_buffer("mean", torch.stack([v.mean() for v in own]))
+        self.register_buffer("deviation", torch.stack([v.std() for v in own]).clamp_min(1e-6))
+
+    def forward(self, values: Tensor, classes: Tensor) -> Tensor:
+        return (values - self.mean[classes]) / self.deviation[classes]
+
+
 class LatentModule(nn.Module):
     """How unlike its class an input is in the features of one layer of a copy of the model, trained to show that."""
 
@@ -195,6 +211,7 @@ class LatentModule(nn.Module):
         with torch.no_grad():
             features = torch.cat([self.features(part) for part in examples.inputs.split(128)])
         self.density = ClassDensity(features, examples.labels, examples.classes, rank)
+        self.scale = ClassScale(self.density(features, examples.labels), examples.labels, examples.classes)
 
     def train(self, mode: bool = True) -> LatentModule:
         """It has learned all that it will: it stays in evaluation mode."""
@@ -205,7 +222,7 @@ class LatentModule(nn.Module):
         return features_at(self.net, self.site, self.head, x)
 
     def forward(self, x: Tensor, classes: Tensor) -> Tensor:
-        return self.density(self.features(x), classes)
+        return self.scale(self.density(self.features(x), classes), classes)
 
 
 class InputModule(nn.Module):
@@ -218,6 +235,10 @@ class InputModule(nn.Module):
         found = [self._learned(examples.inputs[examples.labels == c], seed) for c in range(examples.classes)]
         smallest = min(len(atoms) for atoms in found)
         self.register_buffer("atoms", torch.stack([atoms[:smallest] for atoms in found]))
+        with torch.no_grad():
+            parts = zip(examples.inputs.split(128), examples.labels.split(128))
+            values = torch.cat([self._error(x, labels) for x, labels in parts])
+        self.scale = ClassScale(values, examples.labels, examples.classes)
 
     @staticmethod
     def _learned(own: Tensor, seed: int, most: int = 2000) -> Tensor:
@@ -226,6 +247,9 @@ class InputModule(nn.Module):
         return learned_atoms(parts[order[:most]].unsqueeze(0), ATOMS, COUNT, seed=seed)[0]
 
     def forward(self, x: Tensor, classes: Tensor) -> Tensor:
+        return self.scale(self._error(x, classes), classes)
+
+    def _error(self, x: Tensor, classes: Tensor) -> Tensor:
         parts = pieces(x, PIECE).transpose(0, 1)  # (B, places, d)
         error = parts - sparsely(parts, self.atoms[classes], COUNT)
         return error.square().mean((1, 2)).clamp_min(1e-12).log()
@@ -237,13 +261,13 @@ class InputModule(nn.Module):
 class _Spread(nn.Module):
     """A copy of a model with class centres for its features at a site."""
 
-    def __init__(self, model: nn.Module, site: str, head: str, examples: Examples, seed: int):
+    def __init__(self, model: nn.Module, site: str, head: str, examples: Examples):
         super().__init__()
         self.net, self.site, self.head = copy.deepcopy(model).requires_grad_(True), site, head
         with torch.no_grad(), evaluating(model):
-            width = features_at(model, site, head, examples.inputs[:1]).shape[1]
-        start = torch.randn(examples.classes, width, generator=torch.Generator().manual_seed(seed))
-        self.centres = nn.Parameter(F.normalize(start, dim=-1))
+            parts = [features_at(model, site, head, part) for part in examples.inputs.split(128)]
+        means = [torch.cat(parts)[examples.labels == c].mean(0) for c in range(examples.classes)]
+        self.centres = nn.Parameter(F.normalize(torch.stack(means), dim=-1))
 
     def loss(self, x: Tensor, labels: Tensor, gamma: float) -> Tensor:
         found: list[Tensor] = []
@@ -262,7 +286,7 @@ def latent_modules(
     """A module at each site, each trained on pictures that were pushed against the one before."""
     found: list[LatentModule] = []
     for number, site in enumerate(chosen):
-        copied = _Spread(model, site, head, examples, number)
+        copied = _Spread(model, site, head, examples)
         before = found[-1] if found else None
 
         def loss(net: nn.Module, batch: Batch, before: LatentModule | None = before) -> Tensor:

@@ -5,16 +5,18 @@ Paper: CLEANN: Accelerated Trojan Shield for Embedded Neural Networks (Javaherip
     a = OMP(c / deviation),  c the cosine transform of a piece of the picture, D learned from harmless ones
     e = |c / deviation - D a|;   flagged where (e - mean) / deviation > bound;   a flagged piece becomes D a
 
-and the same for the features that the linear head reads. No label and no triggered picture is used: the calibration
-data is split in two, one half for the atoms, one for mean, deviation and bound, which Cantelli's inequality gives for
-the wanted share of false alarms. The guard's forward pass answers the cleaned picture. Reconstructed: a dictionary for
-each place of a picture, frequencies scaled by their deviation there, codes no larger than harmless ones, one bound for
-the most striking piece, and atoms learned by the method of optimal directions. Triggers that cover the whole picture
-faintly pass.
+and the same for the features that the linear head reads: where these are flagged, the whole picture is rebuilt and
+asked again. No label and no triggered picture is used: the calibration data is split in two, one half for the atoms,
+one for mean, deviation and bound. `bound="chebyshev"` is the paper's kind of bound, an inequality that holds for any
+distribution (Cantelli's) and flags far less than it may; "percentile" counts. The guard's forward pass answers the
+cleaned picture. Reconstructed: a dictionary for each place of a picture, frequencies scaled by their deviation there,
+codes no larger than harmless ones, one bound for the most striking piece, atoms learned by the method of optimal
+directions, and that odd features have the whole picture rebuilt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,6 +38,10 @@ from lilliput.methods.guard._guarded import (
 )
 from lilliput.workload import Workload
 
+BOUNDS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "percentile": lambda values, share: values.quantile(1 - share),
+    "chebyshev": one_sided_limit,
+}
 FLOOR = 0.05  # least deviation of a frequency or of a place, as a share of the mean of all
 
 
@@ -50,9 +56,10 @@ class Analyser(nn.Module):
     deviation: Tensor
     bound: Tensor
 
-    def __init__(self, harmless: Tensor, atoms: int, count: int, false_alarms: float):
+    def __init__(self, harmless: Tensor, settings: Cleann):
         """Learn from harmless vectors (G, N, d)."""
         super().__init__()
+        atoms, count = settings.atoms, settings.sparsity
         self.count = count
         self.register_buffer("center", harmless.mean(1, keepdim=True))
         spread = harmless.std(1, keepdim=True)
@@ -66,7 +73,8 @@ class Analyser(nn.Module):
         deviation = error.std(1, keepdim=True)
         self.register_buffer("deviation", deviation + FLOOR * deviation.mean().clamp_min(1e-6))
         striking = ((error - self.mean) / self.deviation).amax(0)
-        self.register_buffer("bound", one_sided_limit(striking, false_alarms).clamp_min(1e-6))
+        bound = BOUNDS[settings.bound](striking, settings.false_alarms / 2)  # there are two analysers
+        self.register_buffer("bound", bound.clamp_min(1e-6))
 
     def _scaled(self, x: Tensor) -> Tensor:
         return (x - self.center) / self.scale
@@ -91,10 +99,9 @@ class CleannModel(GuardedModel):
     def __init__(self, model: nn.Module, head: str, settings: Cleann, harmless: Tensor):
         super().__init__(model)
         self.head, self.size = head, settings.patch
-        how = settings.atoms, settings.sparsity, settings.false_alarms / 2  # two analysers share the false alarms
         self.register_buffer("waves", cosines(settings.patch).to(harmless))
-        self.input_analyser = Analyser(self._transformed(harmless), *how)
-        self.feature_analyser = Analyser(self._features(harmless).unsqueeze(0), *how)
+        self.input_analyser = Analyser(self._transformed(harmless), settings)
+        self.feature_analyser = Analyser(self._features(harmless).unsqueeze(0), settings)
 
     def _transformed(self, x: Tensor) -> Tensor:
         """The cosine transform of all pieces, (places, B, C size^2)."""
@@ -129,29 +136,43 @@ class CleannModel(GuardedModel):
         marks = flagged.to(x.dtype).unsqueeze(-1).expand(-1, -1, x.shape[1] * self.size**2)
         return assembled(marks, x.shape, self.size) > 0
 
+    def rebuild(self, input: Tensor) -> Tensor:
+        """Pictures of which every piece is rebuilt from atoms."""
+        return self._restored(self.input_analyser(self._transformed(input))[0], input.shape)
+
     def inspect(self, input: Tensor) -> Seen:
         cleaned, doubt = self.clean(input)
-        doubts = [doubt]
+        logits, far = self._answered(cleaned, replace=False)
+        odd = far > 1
+        if odd.any():
+            logits = logits.clone()
+            logits[odd] = self._answered(self.rebuild(input[odd]), replace=True)[0]
+        score = torch.maximum(doubt, far)
+        return Seen(logits, score, score > 1)
+
+    def _answered(self, x: Tensor, replace: bool) -> tuple[Tensor, Tensor]:
+        """Logits, and the doubt (B,) about the features, which become their sparse codes where it is above 1."""
+        doubts: list[Tensor] = []
 
         def change(features: Tensor) -> Tensor:
-            simple, far = self.feature_analyser(features.flatten(1).unsqueeze(0))
+            flat = features.flatten(1)
+            simple, far = self.feature_analyser(flat.unsqueeze(0))
             doubts.append(far[0])
-            return torch.where((far[0] > 1).unsqueeze(-1), simple[0], features.flatten(1)).view_as(features)
+            return torch.where((far[0] > 1).unsqueeze(-1), simple[0], flat).view_as(features) if replace else features
 
         with evaluating(self.model), changing_input(self.model, self.head, change):
-            logits = answered(self.model, cleaned)
-        score = torch.stack(doubts).amax(0)
-        return Seen(logits, score, score > 1)
+            return answered(self.model, x), doubts[0]
 
 
 @dataclass(frozen=True)
 class Cleann(Guard):
     """Clean pictures and features of what sparse codes of harmless data do not explain, and answer what is left."""
 
-    patch: int = knob(7, low=2, high=64, help="side of a piece in pixels")
+    patch: int = knob(4, low=2, high=64, help="side of a piece in pixels")
     atoms: int = knob(96, low=2, high=4096, help="atoms of each dictionary, at most half the calibration examples")
     sparsity: int = knob(4, low=1, high=64, help="atoms that may explain a piece")
-    false_alarms: float = knob(0.05, low=1e-4, high=0.5, log=True, help="bound on the share of harmless inputs flagged")
+    false_alarms: float = knob(0.05, low=1e-4, high=0.5, log=True, help="share of harmless inputs that may be flagged")
+    bound: str = knob("percentile", choices=tuple(BOUNDS), help="how the limit for that share is found")
 
     facts: ClassVar[Facts] = Facts(stage="serve", data=UNLABELLED, effect="answers triggered inputs as harmless ones")
     paper: ClassVar[str] = "cleann"

@@ -99,7 +99,8 @@ def vulnerability_report(model: nn.Module, places: Sequence[str], examples: Exam
     ) / 2
     ranks = above.sum(1).mean(1).tolist()
     ranked = [Vulnerability(v.site, v.unexplored, v.overlap, v.sensitivity, r) for v, r in zip(found, ranks)]
-    return sorted(ranked[::-1], key=lambda v: v.rank)
+    ranked.reverse()
+    return sorted(ranked, key=lambda v: v.rank)
 
 
 def report(model: nn.Module, workload: Workload, most: int = 1000) -> list[Vulnerability]:
