@@ -69,8 +69,10 @@ def withstands(weight, attack):
 @needs_toolbox
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_attacks_reach_as_far_as_theory_says(attack, work, weight):
-    found = Robustness(eps=EPS, samples=120).check(work, work.model, work.model).change(attack)
+    findings = Robustness(eps=EPS, samples=120).check(work, work.model, work.model)
+    found, summary = findings.change(attack), findings.summary
     assert 0.2 < withstands(weight, attack) < 0.9
+    assert f"{attack} {found.before:.3g} -> {found.after:.3g} [" in summary
     assert found.before == pytest.approx(withstands(weight, attack), abs=0.02 if attack != "cw" else 0.1)
     assert found.before >= withstands(weight, attack) - 0.02
     assert found.after == found.before

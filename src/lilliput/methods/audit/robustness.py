@@ -105,7 +105,8 @@ class Robustness(Audit):
         return change, paired_share(own[1] - moved, self.level).low > 0
 
     def _summary(self, changes: list[Change], moved: Change, details: dict[str, Any]) -> str:
-        parts = [told(changes, "attacks")]
+        shares = (f"{c.name} {c.before:.3g} -> {c.after:.3g} [{c.low:+.2g}, {c.high:+.2g}]" for c in (*changes, moved))
+        parts = [told(changes, "attacks"), f"Right, and the interval of the further change: {', '.join(shares)}."]
         if any(c.before <= self.tolerance for c in changes):
             parts.append("The original itself falls to some of them: a smaller eps would tell more.")
         if details["integer_layers"]:
