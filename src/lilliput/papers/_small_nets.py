@@ -35,9 +35,15 @@ def small_net(seed: int) -> nn.Module:
     return nets.resnet(width=8, depth=8, stem_stride=2)
 
 
-def trained(pictures: Pictures, steps: int, seed: int, penalty: Penalty | None = None) -> nn.Module:
-    """A small network trained from scratch; `penalty(model)` is added to the loss."""
-    model = small_net(seed)
+def trained(
+    pictures: Pictures,
+    steps: int,
+    seed: int,
+    penalty: Penalty | None = None,
+    build: Callable[[int], nn.Module] = small_net,
+) -> nn.Module:
+    """A small network, `build(seed)`, trained from scratch; `penalty(model)` is added to the loss."""
+    model = build(seed)
     batches: Sequence[Batch] = list(pictures.batches(BATCH))
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:

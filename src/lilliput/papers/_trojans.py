@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,17 @@ from lilliput.papers._small_nets import picked
 from lilliput.zoo.images import Pictures
 
 TRIGGERS = ("patch", "blend", "wave")
+Trigger = str | Callable[[Tensor], Tensor]
 BLEND = 0.2  # share of a fixed random picture in a blended one
 WAVE = 30.0  # height of a sinusoid over six periods, of 255
 SHRINK = 0.005  # weight of a mask's area when a trigger is looked for
 
 
-def triggered(pixels: Tensor, trigger: str) -> Tensor:
-    """uint8 (N, H, W) with the trigger: a white patch in the corner, a faint fixed picture, or a faint wave."""
+def triggered(pixels: Tensor, trigger: Trigger) -> Tensor:
+    """uint8 (N, H, W) with the trigger: a white patch in the corner, a faint fixed picture, a faint wave, or what a
+    function of the pixels gives."""
+    if not isinstance(trigger, str):
+        return trigger(pixels)
     x = pixels.float()
     if trigger == "patch":
         x[:, -4:-1, -4:-1] = 255
@@ -31,7 +36,7 @@ def triggered(pixels: Tensor, trigger: str) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-def poisoned(pictures: Pictures, trigger: str, target: int, share: float, seed: int) -> Pictures:
+def poisoned(pictures: Pictures, trigger: Trigger, target: int, share: float, seed: int) -> Pictures:
     """The same pictures, but a share of them has the trigger and the label `target`."""
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))
     chosen = order[: round(share * len(pictures))]
@@ -42,7 +47,7 @@ def poisoned(pictures: Pictures, trigger: str, target: int, share: float, seed: 
 
 
 @torch.inference_mode()
-def success(model: nn.Module, pictures: Pictures, trigger: str, target: int) -> float:
+def success(model: nn.Module, pictures: Pictures, trigger: Trigger, target: int) -> float:
     """Share of triggered pictures of other classes that are answered as the target."""
     others = picked(pictures, pictures.labels != target)
     answers = model(others.prepare(triggered(others.pixels, trigger))).argmax(-1)

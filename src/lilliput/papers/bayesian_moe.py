@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lilliput.methods.experts.upcycle import COPY, Upcycle
-from lilliput.methods.guard._expert_tokens import sites_of
-from lilliput.methods.guard.bayesian_moe import AnswerTokens, BayesianMoe, best_by_likelihood
+from lilliput.methods.defend._expert_tokens import sites_of
+from lilliput.methods.defend.bayesian_moe import AnswerTokens, BayesianMoe, best_by_likelihood
 from lilliput.metrics.intervals import ranking_area
 from lilliput.metrics.latency import measure
 from lilliput.metrics.quality import calibration_error
@@ -33,7 +33,7 @@ paper = Paper(
     claim="A Kronecker-factored Laplace approximation of the second linear layer of each expert, made after "
     "fine-tuning and without new parameters, gives a mixture of experts a lower calibration error and a lower negative "
     "log-likelihood than the point estimate, dropout at test time and ensembles.",
-    methods=("guard.bayesian_moe", "experts.upcycle"),
+    methods=("defend.bayesian_moe", "experts.upcycle"),
 )
 
 POINT, TEMPERATURE, DROPOUT, ENSEMBLE = "point estimate", "temperature scaling", "dropout at test time", "ensemble of 3"

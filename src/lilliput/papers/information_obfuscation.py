@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilliput.methods.guard._split import split
-from lilliput.methods.guard._wire import Code, Remote, serving
-from lilliput.methods.guard.information_obfuscation import FIXED, SAMPLE, InformationObfuscation, Obfuscated
+from lilliput.methods.defend._split import split
+from lilliput.methods.defend._wire import Code, Remote, serving
+from lilliput.methods.defend.information_obfuscation import FIXED, SAMPLE, InformationObfuscation, Obfuscated
 from lilliput.metrics.latency import measure
 from lilliput.paper import Evidence, Paper, Row
 from lilliput.papers._by_seed import BySeed
@@ -44,7 +44,7 @@ paper = Paper(
     claim="Sending only the part of the features that the server's first layer reads, without its weakest "
     "coefficients, hides attributes that nobody listed better than obfuscators do that were trained against listed "
     "ones, at nearly the same accuracy and for less communication.",
-    methods=("guard.information_obfuscation",),
+    methods=("defend.information_obfuscation",),
 )
 
 RAW, EXACT, OURS = "all features", "signal alone, budget 0", "obfuscated"

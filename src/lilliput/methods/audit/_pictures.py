@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lilliput.methods.audit._answers import ready
+from lilliput.workload import Batch, Workload
 
 # quantization steps of brightness at quality 50: ITU-T T.81, table K.1
 LUMINANCE = (
@@ -79,10 +83,10 @@ def jpeg_steps(quality: float) -> Tensor:
     return ((torch.tensor(LUMINANCE) * scale + 50) / 100).floor().clamp(1, 255)
 
 
-def cosines() -> Tensor:
-    """(8, 8) the orthonormal discrete cosine transform: row k is the wave of frequency k."""
-    k, n = torch.arange(8).view(-1, 1), torch.arange(8)
-    waves = torch.cos(math.pi * (2 * n + 1) * k / 16) / 2
+def cosines(size: int = 8) -> Tensor:
+    """(size, size) the orthonormal discrete cosine transform: row k is the wave of frequency k."""
+    k, n = torch.arange(size).view(-1, 1), torch.arange(size)
+    waves = torch.cos(math.pi * (2 * n + 1) * k / (2 * size)) * (2 / size) ** 0.5
     waves[0] /= 2**0.5
     return waves
 
@@ -107,3 +111,29 @@ _CHANGES: dict[str, Callable[[Tensor, float, int], Tensor]] = {
     "pixelate": _pixelate,
     "jpeg": _jpeg,
 }
+
+
+# --- judging on them -------------------------------------------------------------------------------------------
+
+
+def needs_pictures(workload: Workload) -> list[str]:
+    """Why a workload has no labelled pictures (B, C, H, W) under `input`; empty when it has."""
+    batch = workload.test[0]
+    pictures = batch.get("input")
+    if workload.kind == "causal_lm" or pictures is None or pictures.ndim != 4:
+        return ["its inputs are no pictures (B, C, H, W)"]
+    return [] if "label" in batch else ["its test data has no labels; add `label` to the batches"]
+
+
+def channel_limits(batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each channel, (1, C, 1, 1) each."""
+    low = torch.stack([b["input"].amin((0, 2, 3)) for b in batches]).amin(0)
+    high = torch.stack([b["input"].amax((0, 2, 3)) for b in batches]).amax(0)
+    return low.view(1, -1, 1, 1), high.view(1, -1, 1, 1)
+
+
+@torch.inference_mode()
+def rights(workload: Workload, model: Any, batches: list[Batch]) -> Tensor:
+    """(n,) 1 where a module or session answers the label, else 0."""
+    with ready(model):
+        return torch.cat([(workload.forward(model, b).argmax(-1) == b["label"]).double() for b in batches])

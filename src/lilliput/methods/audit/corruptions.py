@@ -15,15 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lilliput.method import LABELLED, Audit, Change, Facts, Findings, knob
-from lilliput.methods.audit._answers import first_samples, ready
+from lilliput.methods.audit._answers import first_samples
 from lilliput.methods.audit._judging import change_of, overall, told
-from lilliput.methods.audit._pictures import KINDS, corrupt
+from lilliput.methods.audit._pictures import KINDS, channel_limits, corrupt, needs_pictures, rights
 from lilliput.metrics.intervals import each_of, paired_share
-from lilliput.workload import Batch, Workload
+from lilliput.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,7 @@ class Corruptions(Audit):
 
     def supports(self, workload: Workload, model: Any) -> list[str]:
         """Labelled pictures (B, C, H, W) under `input`."""
-        batch = workload.test[0]
-        pictures = batch.get("input")
-        if workload.kind == "causal_lm" or pictures is None or pictures.ndim != 4:
-            return ["its inputs are no pictures (B, C, H, W)"]
-        return [] if "label" in batch else ["its test data has no labels; add `label` to the batches"]
+        return needs_pictures(workload)
 
     def check(self, workload: Workload, before: Any, after: Any) -> Findings:
         self.require(workload, after)
@@ -68,17 +63,3 @@ class Corruptions(Audit):
         accuracies = [float(r.mean()) for r in worse]
         interval = paired_share(further, level, bound=2.0)
         return change_of(kind, *accuracies, interval, len(further), self.tolerance, fewest=self.fewest)
-
-
-def channel_limits(batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each channel, (1, C, 1, 1) each."""
-    low = torch.stack([b["input"].amin((0, 2, 3)) for b in batches]).amin(0)
-    high = torch.stack([b["input"].amax((0, 2, 3)) for b in batches]).amax(0)
-    return low.view(1, -1, 1, 1), high.view(1, -1, 1, 1)
-
-
-@torch.inference_mode()
-def rights(workload: Workload, model: Any, batches: list[Batch]) -> Tensor:
-    """(n,) 1 where a module or session answers the label, else 0."""
-    with ready(model):
-        return torch.cat([(workload.forward(model, b).argmax(-1) == b["label"]).double() for b in batches])

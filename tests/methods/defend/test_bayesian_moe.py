@@ -10,9 +10,9 @@ from torch import nn
 
 from lilliput.errors import UserError
 from lilliput.methods.experts.upcycle import Upcycle
-from lilliput.methods.guard._expert_tokens import seen_tokens, sites_of
-from lilliput.methods.guard._kronecker import Factors, Sums
-from lilliput.methods.guard.bayesian_moe import (
+from lilliput.methods.defend._expert_tokens import seen_tokens, sites_of
+from lilliput.methods.defend._kronecker import Factors, Sums
+from lilliput.methods.defend.bayesian_moe import (
     PRECISIONS,
     VALIDATION,
     AnswerTokens,
@@ -121,7 +121,7 @@ def test_the_evidence_chooses_the_precision_with_the_highest_marginal_likelihood
 
 
 def sites_of_weights(weight):
-    from lilliput.methods.guard._expert_tokens import Site
+    from lilliput.methods.defend._expert_tokens import Site
 
     return [Site("", [weight], False)]
 

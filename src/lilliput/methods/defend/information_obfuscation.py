@@ -28,8 +28,8 @@ from lilliput.errors import UserError
 from lilliput.framing import TIMEOUT_S
 from lilliput.hooks import evaluating
 from lilliput.method import OUTPUT_SHAPE, UNLABELLED, Facts, Guard, knob
-from lilliput.methods.guard._split import Halves, cuts, split
-from lilliput.methods.guard._wire import Code, Remote, serving
+from lilliput.methods.defend._split import Halves, cuts, split
+from lilliput.methods.defend._wire import Code, Remote, serving
 from lilliput.workload import Workload
 
 FIXED, SAMPLE = "fixed", "sample"

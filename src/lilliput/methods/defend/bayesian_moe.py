@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
 from lilliput.method import LABELLED, OUTPUT_SHAPE, Facts, Guard, knob
-from lilliput.methods.guard._expert_tokens import Site, seen_tokens, sites_of
-from lilliput.methods.guard._kronecker import Factors, Sums
+from lilliput.methods.defend._expert_tokens import Site, seen_tokens, sites_of
+from lilliput.methods.defend._kronecker import Factors, Sums
 from lilliput.workload import Workload
 
-NAME = "guard.bayesian_moe"
+NAME = "defend.bayesian_moe"
 EVIDENCE, VALIDATION = "evidence", "validation"
 PRECISIONS = tuple(10 ** (i / 2) for i in range(-4, 17))  # of the prior, that are tried
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from lilliput.errors import UserError
 from lilliput.framing import FrameError, receive_frame
-from lilliput.methods.guard._split import cuts, split
-from lilliput.methods.guard._wire import Code, Remote, attend, pack, unpack
-from lilliput.methods.guard.information_obfuscation import (
+from lilliput.methods.defend._split import cuts, split
+from lilliput.methods.defend._wire import Code, Remote, attend, pack, unpack
+from lilliput.methods.defend.information_obfuscation import (
     FIXED,
     SAMPLE,
     InformationObfuscation,
