@@ -105,6 +105,12 @@ class Settings:
         for name, limits in self.knobs().items():
             limits.check(name, getattr(self, name), type(self).__name__)
 
+    def check_whole(self) -> None:
+        """Refuse a fraction where the default is a whole number."""
+        for name, default in self.defaults().items():
+            if type(default) is int and type(value := getattr(self, name)) is not int:
+                raise UserError(f"{type(self).__name__}.{name} is {value!r}; give a whole number")
+
     @classmethod
     def name(cls) -> str:
         """`<family>.<file>` for our own methods, the module path for others."""
@@ -185,9 +191,7 @@ class CachePolicy(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, default in self.defaults().items():
-            if type(default) is int and type(value := getattr(self, name)) is not int:
-                raise UserError(f"{type(self).__name__}.{name} is {value!r}; give a whole number")
+        self.check_whole()
 
     def cache(self, model: nn.Module) -> Cache:
         """An empty cache for one text or one batch of texts. Raises UserError for a model that it does not fit."""
@@ -203,6 +207,22 @@ class Decoder(Settings):
 
     def __call__(self, model: Any, input_ids: Tensor, **call: Any) -> Tensor:
         """Token ids (1, length) of prompt and continuation; `call` is what transformers hands to its own loops."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Target(Settings):
+    """Compiles a fitted model for something that is no processor: `target.emit(model, workload)` gives its sources."""
+
+    facts: ClassVar[Facts]
+    paper: ClassVar[str] = ""  # slug of the paper this implements, if any
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_whole()
+
+    def emit(self, model: nn.Module, workload: Workload | None = None) -> Any:
+        """A design with `sources()`: name -> text. Raises UserError, naming the layer, for what it does not have."""
         raise NotImplementedError
 
 
