@@ -249,14 +249,17 @@ def generate(
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="An artifact.")],
-    out: Annotated[Path, typer.Argument(help="model.onnx or model.gguf")],
+    out: Annotated[Path, typer.Argument(help="model.onnx or model.gguf; for a target a new folder.")],
+    target: Annotated[str | None, typer.Option(help="verilog: a circuit for an FPGA, and C++; cpp: that alone.")] = None,
+    cycles: Annotated[int | None, typer.Option(min=1, help="Of a circuit: most that a frame keeps a stage busy.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Of a circuit: .safetensors with inputs, for their range.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write an artifact as ONNX or GGUF, checked against the model in memory."""
-    from lilliput.exporting import export_artifact
+    """Write an artifact as ONNX or GGUF, checked against the model in memory, or as a circuit."""
+    from lilliput.exporting import export_artifact, export_circuit
 
-    facts = export_artifact(folder, out)
+    facts = export_circuit(folder, out, target, cycles, data) if target else export_artifact(folder, out)
     _show(facts, "\n".join(f"{k} {v}" for k, v in facts.items()), as_json)
 
 

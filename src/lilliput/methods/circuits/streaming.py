@@ -21,6 +21,7 @@ counted plane by plane. The folding of units and lanes follows Umuroglu et al., 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +44,7 @@ from lilliput.workload import Workload, need_workload
 if TYPE_CHECKING:
     from lilliput.methods.circuits._top import Top
 
-__all__ = ["Design", "Streaming"]
+__all__ = ["Design", "Streaming", "write_sources"]
 FILES = ("top.v", "net.cpp", "testbench.v", "frames.hex")
 
 
@@ -107,18 +108,21 @@ class Design:
 
     def write(self, folder: str | Path) -> Path:
         """Write all files into a folder, which must be new or empty; nothing is written before all texts are made."""
-        folder, texts = Path(folder), self.sources()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                raise UserError(f"{str(folder)!r} is not empty; choose another folder")
-            for name, text in texts.items():
-                (folder / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another place"
-            ) from None
-        return folder
+        return write_sources(folder, self.sources())
+
+
+def write_sources(folder: str | Path, texts: Mapping[str, str]) -> Path:
+    """Write files into a folder that is new or empty. Raises UserError."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"{str(folder)!r} is not empty; choose another folder")
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another place") from None
+    return folder
 
 
 @dataclass(frozen=True)
