@@ -14,6 +14,7 @@ from lilliput.errors import UserError
 from lilliput.methods.quantize.group import Group
 from lilliput.methods.quantize.int8 import Int8
 from lilliput.plan import Plan, Step
+from lilliput.workload import Workload
 
 
 def logits(model, work):

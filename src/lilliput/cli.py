@@ -250,8 +250,12 @@ def generate(
 def export(
     folder: Annotated[Path, typer.Argument(help="An artifact.")],
     out: Annotated[Path, typer.Argument(help="model.onnx or model.gguf; for a target a new folder.")],
-    target: Annotated[str | None, typer.Option(help="verilog: a circuit for an FPGA, and C++; cpp: that alone.")] = None,
-    cycles: Annotated[int | None, typer.Option(min=1, help="Of a circuit: most that a frame keeps a stage busy.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="verilog: a circuit for an FPGA, and C++; cpp: that alone.")
+    ] = None,
+    cycles: Annotated[
+        int | None, typer.Option(min=1, help="Of a circuit: most that a frame keeps a stage busy.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Of a circuit: .safetensors with inputs, for their range.")] = None,
     as_json: Json = False,
     debug: Debug = False,

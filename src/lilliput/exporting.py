@@ -59,7 +59,9 @@ def export_circuit(
     files = design.sources() if target == "verilog" else {"net.cpp": design.cpp}
     write_sources(out, files)
     facts: dict[str, Any] = {"path": str(out), "files": ", ".join(files), "weight_bits": design.net.weight_bits}
-    facts["input"] = f"bytes q by row, column and channel, x = {design.net.grid.offset:.9g} + {design.net.grid.step:.9g} q"
+    facts["input"] = (
+        f"bytes q by row, column and channel, x = {design.net.grid.offset:.9g} + {design.net.grid.step:.9g} q"
+    )
     if target == "verilog":
         facts |= {"bytes_per_word": design.folded[0].lanes, "expected_latency_cycles": design.expected_latency}
     return facts if known else facts | {"note": "the example alone says which range a byte covers; give --data"}

@@ -89,7 +89,7 @@ def test_cpp_gives_the_same_scores(name, tmp_path):
 @simulator
 @every_net
 def test_the_circuit_gives_the_same_scores(name):
-    design, *_, q = emitted(name, cycles=200)
+    design, *_, q = emitted(name, cycles=700)
     q = q[:6].view(6, *design.net.shape)
     seen = design.simulate(q, SIMULATORS[0])
     expected = design.net(q)

@@ -32,7 +32,8 @@ void product(const uint8_t* in, const int16_t* values, const int8_t* weights, in
 }}
 
 template <int PLACES, int N, int J>
-void by_steps(const int32_t* sums, const int32_t* thresholds, const uint8_t* falling, const uint8_t* codes, uint8_t* out) {{
+void by_steps(const int32_t* sums, const int32_t* thresholds, const uint8_t* falling, const uint8_t* codes,
+              uint8_t* out) {{
   for (int i = 0; i < PLACES; ++i)
     for (int n = 0; n < N; ++n) {{
       int reached = 0;

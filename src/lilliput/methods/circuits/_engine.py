@@ -1,4 +1,4 @@
-"""The circuit of a product: one frame is kept while another arrives, `units` channels are summed `lanes` inputs a cycle.
+"""The circuit of a product: `lanes` inputs times `units` channels a cycle, with one frame kept while another arrives.
 
 Words of `lanes` codes fill one half of a memory while the other half is read, word by word, for each window and each
 group of `units` channels. A cycle gives the partial sums of a word; after the last word of a window the sums become

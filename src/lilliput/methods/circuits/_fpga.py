@@ -47,7 +47,9 @@ class Fpga:
             raise UserError(f"the facts of the FPGA in {path} lack or wrongly hold: {', '.join(wrong)}")
         if facts["family"] not in CELLS:
             raise UserError(f"{path}: the family is {facts['family']!r}; choose one of {', '.join(CELLS)}")
-        wrong = [k for k in ("luts", "flip_flops", "block_rams", "multipliers") if type(facts[k]) is not int or facts[k] < 0]
+        wrong = [
+            k for k in ("luts", "flip_flops", "block_rams", "multipliers") if type(facts[k]) is not int or facts[k] < 0
+        ]
         if wrong or not 0 < facts["clock_mhz"] < 10_000:
             raise UserError(f"{path}: {', '.join(wrong) or 'clock_mhz'} must be a number that makes sense")
         return cls(**facts)

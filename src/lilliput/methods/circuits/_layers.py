@@ -98,7 +98,7 @@ def sign_coder(levels: Tensor, shift: Tensor | None, bits: int) -> Coder:
     whole, unit = (torch.ones(1).long(), float(g[0])) if len(g) == 1 else fixed_point(g, bits)
     breaks = torch.tensor(sorted({float(b) for m in range(len(g)) for b in _sums(g[:m])}), dtype=torch.float64)
     inside = torch.cat([breaks[:1] - 1, (breaks[1:] + breaks[:-1]) / 2, breaks[-1:] + 1])
-    values = torch.stack([s for s in _sums(whole)])
+    values = torch.stack(_sums(whole))
     shift = None if shift is None else shift.detach().double()
     return Coder(breaks, _signs(inside, g), values, unit, tuple(whole.tolist()), shift)
 

@@ -2,9 +2,9 @@
 
     S_n = sum_k w_nk v(a_k)      code = codes[number of thresholds of n that S_n has reached]
 
-Inputs are bytes; between layers only codes travel, small unsigned numbers that stand for the values of a book. What lies
-between two products (BatchNorm, ReLU, the next layer's rounding) is in the thresholds. Sums are exact in float64, in
-which PyTorch computes them here.
+Inputs are bytes; between layers only codes travel, small unsigned numbers that stand for the values of a book. What
+lies between two products (BatchNorm, ReLU, the next layer's rounding) is in the thresholds. Sums are exact in float64,
+in which PyTorch computes them here.
 """
 
 from __future__ import annotations

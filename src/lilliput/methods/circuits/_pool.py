@@ -48,7 +48,7 @@ class Largest(wiring.Component):
         Places that fill no square are counted with one past the last square.
         """
         (channels, height, width), size = self.pool.shape, self.pool.size
-        (c, x, y), ends = counters(m, (channels // self.lanes, width, height), take)
+        (c, _, _), ends = counters(m, (channels // self.lanes, width, height), take)
         square, dx, dy = Signal(range(width // size + 1)), Signal(range(size)), Signal(range(size))
         column, row, frame = take & ends[0], take & ends[1], take & ends[2]
         with m.If(column):

@@ -44,7 +44,7 @@ class Winner(wiring.Component):
         m = Module()
         step, move = Signal(), Signal()
         m.d.comb += [step.eq(~self.o.valid | self.o.ready), move.eq(step & self.i.valid)]
-        (lane, word), ends = counters(m, (self.lanes, len(self.pairs) // self.lanes), move)
+        (lane, _), ends = counters(m, (self.lanes, len(self.pairs) // self.lanes), move)
         m.d.comb += self.i.ready.eq(step & ends[0])
         (number,), _ = counters(m, (len(self.pairs),), move)
         a, b = (max(signed_bits(n) for n in column) for column in zip(*self.pairs))

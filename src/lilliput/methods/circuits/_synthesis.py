@@ -10,14 +10,13 @@ from pathlib import Path
 from lilliput.errors import UserError
 from lilliput.methods.circuits._tools import run, synthesis_program, yosys
 
+_CONTROLS = ("", "E", "SR", "R", "SS", "S", "ESR", "ER", "ESS", "ES")  # enable, and set or reset with the clock or not
 # family -> kind of resource -> cell -> how many of it the cell takes
 CELLS: dict[str, dict[str, dict[str, int]]] = {
     "ice40": {
         "luts": {"SB_LUT4": 1},
         "carries": {"SB_CARRY": 1},
-        "flip_flops": dict.fromkeys(
-            [f"SB_DFF{edge}{kind}" for edge in ("", "N") for kind in ("", "E", "SR", "R", "SS", "S", "ESR", "ER", "ESS", "ES")], 1
-        ),
+        "flip_flops": {f"SB_DFF{edge}{kind}": 1 for edge in ("", "N") for kind in _CONTROLS},
         "block_rams": dict.fromkeys([f"SB_RAM40_4K{kind}" for kind in ("", "NR", "NW", "NRNW")], 1),
         "multipliers": {"SB_MAC16": 1},
     },

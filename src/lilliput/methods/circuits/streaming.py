@@ -1,9 +1,9 @@
-"""A chain of binary layers or tables as a streaming circuit: Verilog and C++.   S_n = sum_k w_nk v(a_k),  code = steps(S_n)
+"""A chain of binary layers or tables as a circuit, Verilog and C++.   S_n = sum_k w_nk v(a_k),  code = steps(S_n)
 
-Every product is a stage of its own with its weights beside it; frames stream through all stages at once, as small codes,
-and nothing leaves the chip. BatchNorm, activations and rounding between two products become thresholds of integers. The
-circuit, the C++ and the PyTorch reference `design.net` agree to the bit; from the fitted model they differ where its
-float32 sums round, or where coefficients were rounded to `bits`.
+Every product is a stage of its own with its weights beside it; frames stream through all stages at once, as small
+codes, and nothing leaves the chip. BatchNorm, activations and rounding between two products become thresholds of
+integers. The circuit, the C++ and the PyTorch reference `design.net` agree to the bit; from the fitted model they
+differ where its float32 sums round, or where coefficients were rounded to `bits`.
 
     design = Streaming(cycles=2000).emit(fitted, workload)
     design.simulate(design.net.read(pictures))      # Verilator or Icarus: scores, cycles
@@ -142,7 +142,9 @@ class Streaming(Target):
         work = need_workload(workload, self.name(), "whose calibration inputs say what range a byte stands for")
         inputs = [batch["input"].float() for batch in work.calibration if "input" in batch]
         if not inputs:
-            raise UserError(f"workload {work.name!r} has no inputs of pictures or numbers; circuits are for classifiers")
+            raise UserError(
+                f"workload {work.name!r} has no input of numbers; circuits are for classifiers"
+            )
         low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
         net = compile_net(model, inputs[0].shape[1:], low, high, self.bits)
         example = net.read(work.example.get("input", inputs[0])[:1])
