@@ -67,7 +67,7 @@ def fit(
     time_limit: Annotated[str, typer.Option(help="For the whole fit: 10m, 90s, 1h.")] = "8m",
     data: Annotated[Path | None, typer.Option(help="Your text: a .txt file or a folder of them.")] = None,
     device: Annotated[
-        str | None, typer.Option(help="Fit for another device (modelled); see `lilliput devices`.")
+        str | None, typer.Option(help="Fit for another device (modelled) or an FPGA; see `lilliput devices`.")
     ] = None,
     runtime: Annotated[str | None, typer.Option(help="What executes the model; default: the fastest.")] = None,
     families: Annotated[str, typer.Option(help="Comma-separated: quantize, prune, factorize.")] = "quantize,prune",
@@ -86,6 +86,7 @@ def fit(
     """Fit a model into a budget and prove it on this machine."""
     import lilliput as lp
     from lilliput.fitting.aim import AlreadyInside
+    from lilliput.fitting.circuit import FittedCircuit
     from lilliput.fitting.request import check_names
 
     parsed = lp.Budget(budget)
@@ -114,7 +115,8 @@ def fit(
     except AlreadyInside as inside:
         _show({"met": True, "message": str(inside)}, str(inside), as_json)
         return
-    where = f"report   {fitted.folder / 'report.html'}\nartifact {fitted.folder / 'fitted'}"
+    other = "circuit" if isinstance(fitted, FittedCircuit) else "report.html"
+    where = f"{other.removesuffix('.html'):8} {fitted.folder / other}\nartifact {fitted.folder / 'fitted'}"
     _show(fitted.record, f"{fitted.summary()}\n{where}", as_json)
     if not fitted.met:
         raise typer.Exit(1)
@@ -330,9 +332,9 @@ def reproduce(
 @app.command()
 def devices(as_json: Json = False, debug: Debug = False) -> None:
     """Known devices; `here` is this machine, measured."""
-    from lilliput.catalogue import device_rows
+    from lilliput.catalogue import device_rows, fpga_rows
 
-    rows = device_rows()
+    rows = device_rows() + fpga_rows()
     _show(rows, "\n".join(f"{r['name']:18} {r['summary']}" for r in rows), as_json)
 
 

@@ -42,6 +42,15 @@ def test_the_rule_of_rebnet(second, third, ms, holds):
     assert seen.holds is holds
 
 
+def test_circuits_stand_in_the_rows_of_their_levels():
+    found = {name: trained(80.0) for name in rebnet.FORMS}
+    circuits = {m: {"luts": 100.0 * m, "cycles_per_frame": 7.0} for m in (1, 2, 3)}
+    seen = rebnet.evidence(found, constant(rebnet.FORMS), rebnet.EFFORT, 0, 0.0, circuits)
+    assert seen.row("ReBNet M=2").values["luts"] == 200
+    assert "luts" not in seen.row("float32").values
+    assert "take 100, 200, 300 look-up tables at 7 cycles" in seen.figure
+
+
 def test_the_advantage_is_paired_by_seed():
     mean, error = advantage(Trained([80.0, 85.0, 90.0], nn.Identity()), Trained([79.0, 83.0, 89.0], nn.Identity()))
     assert mean == pytest.approx(4 / 3)

@@ -17,6 +17,7 @@ from lilliput.device import Device
 from lilliput.errors import UserError
 from lilliput.fitting.aim import aim
 from lilliput.fitting.build import Bench, key_of
+from lilliput.fitting.circuit import FittedCircuit, fit_circuit
 from lilliput.fitting.judge import Judge
 from lilliput.fitting.outcome import outcome
 from lilliput.fitting.predict import Predictor, Sample, violation
@@ -30,6 +31,7 @@ from lilliput.fitting.space import Genome, Space
 from lilliput.fitting.spaces import build_space, rivals
 from lilliput.fitting.verify import prove, verify
 from lilliput.measuring import Measured, measure, model_times, pick_runtime
+from lilliput.methods.circuits._fpga import Fpga
 from lilliput.plan import Plan
 from lilliput.workload import Workload
 
@@ -69,8 +71,8 @@ class Fitted:
         return summary(self.record)
 
 
-def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: Any) -> Fitted:
-    """Fit `workload` into `budget` on this machine (or a modelled `device`); see `Options` for the rest.
+def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: Any) -> Fitted | FittedCircuit:
+    """Fit `workload` into `budget` on this machine (or a modelled `device`, or an FPGA); see `Options` for the rest.
 
     Writes `runs/<name>/` as it goes: with `resume=True` a killed fit goes on. Raises UserError when the budget is out
     of reach, with the distance. Ctrl-C keeps the best so far.
@@ -79,6 +81,10 @@ def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: An
     budget = Budget(budget) if isinstance(budget, str) else budget
     start = time.monotonic()
     torch.manual_seed(o.seed)
+    if o.device and Fpga.known(o.device):
+        return fit_circuit(workload, budget, Fpga.load(o.device), o)
+    if budget.clock_hz:
+        raise UserError(f"the budget {str(budget)!r} has a clock, which only an FPGA has: {', '.join(Fpga.names())}")
     device = Device.load(o.device) if o.device else Device.here()
     folder = o.out or fresh_folder(Path("runs"), workload.name)
     run = Run(folder, remembered(workload, budget, device, o), o.resume)

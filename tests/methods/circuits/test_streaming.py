@@ -1,9 +1,7 @@
 """The circuit compiler from end to end: integers against PyTorch, Verilog and C++ against the integers."""
 
-import ctypes
 import importlib.util
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -68,18 +66,15 @@ def test_steps_count_what_is_reached_and_fall_where_the_channel_falls():
 
 
 @every_net
-def test_cpp_gives_the_same_scores(name, tmp_path):
+def test_cpp_gives_the_same_scores(name):
     design, *_, q = emitted(name)
-    (tmp_path / "net.cpp").write_text(design.cpp)
-    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "net.cpp", "-o", "net.so"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    classify = ctypes.CDLL(str(tmp_path / "net.so")).classify
-    expected = design.net(q.view(len(q), *design.net.shape))
-    for frame, scores in zip(q.view(len(q), *design.net.shape), expected):
-        found = (ctypes.c_int64 * len(scores))()
-        best = classify(frame.permute(1, 2, 0).contiguous().numpy().ctypes.data_as(ctypes.c_void_p), found)
-        assert list(found) == scores.tolist()
-        assert best == int(scores.argmax())
+    q = q.view(len(q), *design.net.shape)
+    scores, best = design.run_cpp(q)
+    expected = design.net(q)
+    assert torch.equal(scores, expected)
+    assert torch.equal(best, expected.argmax(1))
+    with pytest.raises(UserError, match=r"float32.*uint8"):
+        design.run_cpp(q.float())
 
 
 # --- Verilog ---------------------------------------------------------------------------------------------------

@@ -48,7 +48,9 @@ def compile_net(model: nn.Module, shape: Sequence[int], low: float, high: float,
     grid = Grid((high - low) / 255, low)
     stages: list[Stage] = []
     if parts[0].layer.coder is not None:
-        stages.append(Encode(first, _input_steps(before, grid, parts[0].layer)))
+        steps = _input_steps(before, grid, parts[0].layer)
+        if not _plain(steps):
+            stages.append(Encode(first, steps))
     elif any(not isinstance(m, NOTHING) for m in before):
         raise UserError(f"{type(before[0]).__name__} stands before a first layer that takes real inputs; leave it out")
     scores = None
@@ -230,6 +232,12 @@ def _input_steps(before: Sequence[nn.Module], grid: Grid, layer: Layer) -> Steps
     shift = None if coder.shift is None else coder.shift[:1]
     single = Coder(coder.breaks, coder.codes, coder.values, coder.unit, shift=shift, strict=coder.strict)
     return _steps(Tail(one, offset, _judges(before)), single, 256, 1, layer.name)
+
+
+def _plain(steps: Steps) -> bool:
+    """Whether every byte is its own code."""
+    bytes_ = torch.arange(256)
+    return len(steps.codes) == 256 and torch.equal(steps(bytes_.view(-1, 1))[:, 0], bytes_)
 
 
 def _affine(tail: Tail, bound: int, channels: int, what: str) -> tuple[Tensor, Tensor]:

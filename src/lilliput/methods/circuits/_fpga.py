@@ -32,6 +32,16 @@ class Fpga:
         return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
     @classmethod
+    def known(cls, name: str) -> bool:
+        """Whether a device's name or TOML file is that of an FPGA."""
+        if not name.endswith(".toml"):
+            return name in cls.names()
+        try:
+            return "family" in tomllib.loads(Path(name).read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+            return False
+
+    @classmethod
     def load(cls, name: str) -> Fpga:
         """A chip by its name, or from a TOML file by its path. Raises UserError."""
         path = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"

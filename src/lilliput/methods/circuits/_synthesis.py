@@ -57,17 +57,17 @@ def synthesize(verilog: str, family: str, multipliers: bool = True) -> Resources
         (folder / "top.v").write_text(verilog)
         run([*yosys(), "-q", "-p", script], folder)
         counted = json.loads((folder / "stat.json").read_text())
-    return _resources(family, counted["design"]["num_cells_by_type"])
+    return _resources(family, counted["design"]["num_cells_by_type"], synthesis_program())
 
 
-def _resources(family: str, cells: dict[str, int]) -> Resources:
+def _resources(family: str, cells: dict[str, int], program: str) -> Resources:
     kinds = CELLS[family]
     known = FREE.union(*kinds.values())
     strange = sorted(set(cells) - known)
     if strange:
         raise UserError(f"synthesis for {family} left cells that are not known here: {', '.join(strange)}")
     counts = {kind: sum(n * cells.get(cell, 0) for cell, n in per.items()) for kind, per in kinds.items()}
-    return Resources(family, program=synthesis_program(), cells=dict(cells), **counts)
+    return Resources(family, program=program, cells=dict(cells), **counts)
 
 
 def to_verilog(rtlil: str) -> str:

@@ -21,6 +21,7 @@ counted plane by plane. The folding of units and lanes follows Umuroglu et al., 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +37,8 @@ from lilliput.methods.circuits._compile import compile_net
 from lilliput.methods.circuits._cpp import to_cpp
 from lilliput.methods.circuits._fold import Folded, expected_latency, fold
 from lilliput.methods.circuits._net import IntegerNet
-from lilliput.methods.circuits._simulate import Ports, Simulated, simulate, testbench
+from lilliput.methods.circuits._run_cpp import run_cpp
+from lilliput.methods.circuits._simulate import PATIENCE, Ports, Simulated, frames_hex, simulate, testbench
 from lilliput.methods.circuits._synthesis import Resources, synthesize, to_verilog
 from lilliput.methods.circuits._tools import require_amaranth
 from lilliput.workload import Workload, need_workload
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from lilliput.methods.circuits._top import Top
 
 __all__ = ["Design", "Streaming", "write_sources"]
+FASTER = 1.25  # steps in which the cycles of the slowest stage fall
 FILES = ("top.v", "net.cpp", "testbench.v", "frames.hex")
 
 
@@ -89,6 +92,18 @@ class Design:
         """Cycles of one frame by the arithmetic of the folding; `simulate` measures them."""
         return expected_latency(self.net, self.folded)
 
+    def within(self, latency_cycles: int | None) -> Design:
+        """The same network with the fewest units whose expected latency is within so many cycles. Raises UserError."""
+        design = self
+        while latency_cycles is not None and design.expected_latency > latency_cycles:
+            least, slowest = design.expected_latency, max(f.cycles for f in design.folded)
+            try:
+                folded = fold(self.net, min(slowest - 1, int(slowest / FASTER)), self.folded[0].lanes)
+            except UserError:
+                raise UserError(f"a frame takes {least} cycles at least; the latency allows {latency_cycles}") from None
+            design = dataclasses.replace(self, folded=folded)
+        return design
+
     def simulate(self, q: Tensor, simulator: str | None = None, pauses: bool = False) -> Simulated:
         """Scores and cycles of frames q, uint8 (frames, C, H, W), from the Verilog; see `_simulate.simulate`."""
         return simulate(self.verilog, self.ports, q, self.expected_latency, simulator, pauses)
@@ -97,10 +112,12 @@ class Design:
         """Cells for "ecp5" or "ice40", from the Verilog."""
         return synthesize(self.verilog, family, multipliers)
 
+    def run_cpp(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores (frames, classes) and classes (frames,) of frames q, uint8 (frames, C, H, W), from the C++."""
+        return run_cpp(self.cpp, q, self.net.classes)
+
     def sources(self) -> dict[str, str]:
         """Name -> text of every file."""
-        from lilliput.methods.circuits._simulate import PATIENCE, frames_hex
-
         ports = self.ports
         bench = testbench(ports, len(self.example), 2 * PATIENCE * self.expected_latency, pauses=False)
         texts = self.verilog, self.cpp, bench, frames_hex(self.example, ports.lanes)
