@@ -110,6 +110,19 @@ def test_any_folding_gives_the_same_scores_and_keeps_the_cycles(cycles, lanes):
 
 
 @amaranth
+@simulator
+def test_the_first_of_equal_scores_wins():
+    torch.manual_seed(0)
+    net = signs(nn.Flatten(), BinaryLinear(24, 3, **REAL))
+    net[1].codes[:] = 0  # all weights alike
+    work, q = work_of(net, (1, 4, 6))
+    design = Streaming().emit(net, work)
+    seen = design.simulate(q[:3], SIMULATORS[0])
+    assert bool((seen.scores == seen.scores[:, :1]).all())
+    assert seen.classes.tolist() == design.run_cpp(q[:3])[1].tolist() == [0, 0, 0]
+
+
+@amaranth
 @pytest.mark.skipif(len(SIMULATORS) < 2, reason="install the packages iverilog and verilator")
 def test_simulators_agree():
     design, *_, q = emitted("mlp-1", cycles=100)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+AT_ONCE = 250  # frames in memory
 Shape = tuple[int, int, int]  # channels, height, width
 
 
@@ -204,6 +205,9 @@ class IntegerNet:
 
     def __call__(self, q: Tensor) -> Tensor:
         """Bytes (B, C, H, W) -> scores (B, classes), int64."""
+        return torch.cat([self._scores(part) for part in q.split(AT_ONCE)])
+
+    def _scores(self, q: Tensor) -> Tensor:
         codes = q.long()
         for stage in self.stages:
             codes = stage(codes)
