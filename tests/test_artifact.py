@@ -15,6 +15,7 @@ from lilliput.methods.cache.sliding import Sliding
 from lilliput.methods.quantize.group import Group
 from lilliput.methods.quantize.int8 import Int8
 from lilliput.plan import Plan, Step
+from lilliput.workload import Workload
 
 
 def logits(model, work):
@@ -79,6 +80,20 @@ def test_foreign_folder_is_not_overwritten(cnn_work, tmp_path):
     with pytest.raises(UserError, match="not an artifact"):
         save(cnn_work.model, tmp_path / "mine", cnn_work)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_plain_chain_of_layers_loads_without_its_class(tmp_path):
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+    chain = torch.nn.Sequential(torch.nn.Sequential(*layers), torch.nn.Flatten(), torch.nn.Linear(16, 3)).eval()
+    batch = {"input": torch.randn(2, 1, 6, 6), "label": torch.zeros(2, dtype=torch.int64)}
+    work = Workload.classifier(chain, [batch], [batch], [batch])
+    again = load(save(chain, tmp_path / "a", work))
+    assert repr(again) == repr(chain)
+    assert torch.equal(again(batch["input"]), chain(batch["input"]))
+    chain.append(torch.nn.Softmax(-1))  # which no edit builds
+    with pytest.raises(UserError, match="own class"):
+        load(save(chain, tmp_path / "b", work))
 
 
 def test_full_disk_keeps_the_old_artifact(llama_work, tmp_path, monkeypatch):

@@ -40,6 +40,8 @@ def test_parses_several_strings_into_base_units():
         ("energy<=.5uJ", "energy_j", 5e-7),
         ("drop<=0%", "drop", 0),
         ("drop≤2.5%", "drop", 0.025),
+        ("luts<=20000", "luts", 20_000),
+        ("latency<=1ms@50MHz", "latency_ms", 1),
     ],
 )
 def test_units(text, key, value):
@@ -68,6 +70,13 @@ def test_units(text, key, value):
         ("memory<=0%", "never be met"),
         ("latency<=1ms, latency<=2ms", "more than once"),
         ("memory<=1MB, memory<=50%", "more than once"),
+        ("luts<=20kB", "'kB'.*no unit, %"),
+        ("latency<=1ms@50", "clock '50'.*50MHz"),
+        ("latency<=1ms@0MHz", "clock '0MHz'"),
+        ("latency<=1ms@50mhz", "clock '50mhz'"),
+        ("latency<=1ms@", "not a limit"),
+        ("latency<=50%@50MHz", "only an absolute latency"),
+        ("luts<=100@50MHz", "only an absolute latency"),
         ("", "empty"),
         (" , ", "empty"),
     ],
@@ -118,6 +127,22 @@ def test_relative_limits_resolve_against_the_original():
         budget.resolve({})
     with pytest.raises(UserError, match="never be met"):
         budget.resolve({"memory_bytes": 0.0})
+
+
+def test_a_clock_is_part_of_the_budget():
+    budget = Budget("luts<=20000, latency <= 1 ms @ 50 MHz")
+    assert budget.clock_hz == 50e6
+    assert str(budget) == "luts<=20000, latency<=1ms@50MHz"
+    assert Budget(str(budget)) == budget
+    assert hash(Budget(str(budget))) == hash(budget)
+    assert budget != Budget("luts<=20000, latency<=1ms")
+    assert budget != Budget("luts<=20000, latency<=1ms@12MHz")
+    assert budget == Budget("luts<=20000, latency<=1ms@0.05GHz")
+    assert budget.resolve({}).clock_hz == budget.scaled(0.5).clock_hz == 50e6
+    assert Budget("latency<=1ms").clock_hz is None
+    assert budget.violations({"luts": 24_000.0, "latency_ms": 0.5}) == [
+        "luts is 24000, over the limit of 20000 by 4000"
+    ]
 
 
 def test_str_is_what_was_written():

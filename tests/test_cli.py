@@ -16,6 +16,7 @@ from lilliput.errors import UserError
 from lilliput.measuring import Measured
 from lilliput.method import method_names
 from lilliput.methods.quantize.int8 import Int8
+from lilliput.methods.quantize.lookup_tables import LookupTables
 from lilliput.paper import Evidence, Row, paper_names
 from lilliput.plan import Plan, Step
 from lilliput.workload import Workload
@@ -466,6 +467,20 @@ def test_what_cannot_generate_is_refused(refused, llama_work, cnn_work, tokenize
 def test_an_export_to_an_unknown_format_is_refused(refused, llama_work, tmp_path):
     save(llama_work.model, tmp_path / "a", llama_work)
     assert "model.txt" in refused("export", tmp_path / "a", tmp_path / "model.txt")
+
+
+def test_a_chain_is_exported_as_a_circuit(run, refused, tmp_path):
+    torch.manual_seed(0)
+    batch = {"input": torch.rand(16, 8), "label": torch.zeros(16, dtype=torch.int64)}
+    work = Workload.classifier(torch.nn.Sequential(torch.nn.Linear(8, 3)), [batch], [batch], [batch])
+    plan = Plan([Step(LookupTables(weights=16, inputs=16))])
+    folder = save(plan.apply(work), tmp_path / "a", work, plan)
+    code, out, _ = run("export", folder, tmp_path / "c", "--target", "cpp", "--json")
+    assert code == 0
+    assert json.loads(out)["files"] == "net.cpp"
+    assert "classify" in (tmp_path / "c" / "net.cpp").read_text()
+    assert "'vhdl'" in refused("export", folder, tmp_path / "d", "--target", "vhdl")
+    assert "not empty" in refused("export", folder, tmp_path / "c", "--target", "cpp")
 
 
 # --- reproduce -------------------------------------------------------------------------------------------------

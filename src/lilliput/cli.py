@@ -65,7 +65,7 @@ def fit(
     time_limit: Annotated[str, typer.Option(help="For the whole fit: 10m, 90s, 1h.")] = "8m",
     data: Annotated[Path | None, typer.Option(help="Your text: a .txt file or a folder of them.")] = None,
     device: Annotated[
-        str | None, typer.Option(help="Fit for another device (modelled); see `lilliput devices`.")
+        str | None, typer.Option(help="Fit for another device (modelled) or an FPGA; see `lilliput devices`.")
     ] = None,
     runtime: Annotated[str | None, typer.Option(help="What executes the model; default: the fastest.")] = None,
     families: Annotated[str, typer.Option(help="Comma-separated: quantize, prune, factorize.")] = "quantize,prune",
@@ -86,6 +86,7 @@ def fit(
     """Fit a model into a budget and prove it on this machine."""
     import lilliput as lp
     from lilliput.fitting.aim import AlreadyInside
+    from lilliput.fitting.circuit import FittedCircuit
     from lilliput.fitting.request import check_names
 
     parsed = lp.Budget(budget)
@@ -116,7 +117,8 @@ def fit(
     except AlreadyInside as inside:
         _show({"met": True, "message": str(inside)}, str(inside), as_json)
         return
-    where = f"report   {fitted.folder / 'report.html'}\nartifact {fitted.folder / 'fitted'}"
+    other = "circuit" if isinstance(fitted, FittedCircuit) else "report.html"
+    where = f"{other.removesuffix('.html'):8} {fitted.folder / other}\nartifact {fitted.folder / 'fitted'}"
     _show(fitted.record, f"{fitted.summary()}\n{where}", as_json)
     raise typer.Exit(0 if fitted.met else 1)
 
@@ -256,14 +258,21 @@ def generate(
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="An artifact.")],
-    out: Annotated[Path, typer.Argument(help="model.onnx or model.gguf")],
+    out: Annotated[Path, typer.Argument(help="model.onnx or model.gguf; for a target a new folder.")],
+    target: Annotated[
+        str | None, typer.Option(help="verilog: a circuit for an FPGA, and C++; cpp: that alone.")
+    ] = None,
+    cycles: Annotated[
+        int | None, typer.Option(min=1, help="Of a circuit: most that a frame keeps a stage busy.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Of a circuit: .safetensors with inputs, for their range.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write an artifact as ONNX or GGUF, checked against the model in memory."""
-    from lilliput.exporting import export_artifact
+    """Write an artifact as ONNX or GGUF, checked against the model in memory, or as a circuit."""
+    from lilliput.exporting import export_artifact, export_circuit
 
-    facts = export_artifact(folder, out)
+    facts = export_circuit(folder, out, target, cycles, data) if target else export_artifact(folder, out)
     _show(facts, "\n".join(f"{k} {v}" for k, v in facts.items()), as_json)
 
 
@@ -330,9 +339,9 @@ def reproduce(
 @app.command()
 def devices(as_json: Json = False, debug: Debug = False) -> None:
     """Known devices; `here` is this machine, measured."""
-    from lilliput.catalogue import device_rows
+    from lilliput.catalogue import device_rows, fpga_rows
 
-    rows = device_rows()
+    rows = device_rows() + fpga_rows()
     _show(rows, "\n".join(f"{r['name']:18} {r['summary']}" for r in rows), as_json)
 
 

@@ -41,6 +41,14 @@ TORCH_MODULES: dict[str, tuple[str, ...]] = {
     "LayerNorm": ("normalized_shape", "eps", "elementwise_affine", "bias"),
     "Identity": (),
     "Sequential": (),
+    "Flatten": ("start_dim", "end_dim"),
+    "Dropout": ("p",),
+    "MaxPool2d": ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    "ReLU": (),
+    "ReLU6": (),
+    "Sigmoid": (),
+    "Tanh": (),
+    "Hardtanh": ("min_val", "max_val"),
 }
 LIMIT = 2**31  # no size in an edit may exceed this
 _MISSING = object()
@@ -154,6 +162,13 @@ def _built_anew(described: Edit) -> nn.Module:
     """What replaying a description gives: its children may differ from those that later methods put in their place."""
     with torch.device("meta"):
         return build_module(described["type"], described["config"])
+
+
+def describable(model: nn.Module) -> bool:
+    """Whether every module can be built again from its description alone."""
+    if module_config(model) is None:
+        return False
+    return type(model) is not nn.Sequential or all(map(describable, model.children()))
 
 
 def _tree(name: str, module: nn.Module) -> Edit:

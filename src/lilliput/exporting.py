@@ -1,4 +1,4 @@
-"""An artifact as one file for other engines: ONNX for classifiers, GGUF for language models; checked."""
+"""An artifact for other engines: ONNX for classifiers, GGUF for language models, both checked; or a circuit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from torch import nn
 
 from lilliput.artifact import load, load_example, load_tokenizer, read_architecture
 from lilliput.errors import UserError
+from lilliput.methods.circuits.streaming import Streaming, write_sources
 from lilliput.onnx_export import evaluator, export_onnx, graph_error, inputs_of
+from lilliput.reopening import artifact_workload
 from lilliput.workload import Batch
 
 KINDS = {".onnx": "classifier", ".gguf": "causal_lm"}
+TARGETS = ("verilog", "cpp")
 TOKENIZER = "tokenizer.json"
 WORDS = {"classifier": "a classifier", "causal_lm": "a language model"}
 
@@ -37,6 +40,31 @@ def export_artifact(
         return _to_gguf(folder, out, str(architecture.get("name", "model")), model, matrices)
     except OSError as error:
         raise UserError(f"cannot write {str(out)!r}: {error.strerror or error}; choose another place") from None
+
+
+def export_circuit(
+    folder: str | Path, out: str | Path, target: str = "verilog", cycles: int | None = None, data: Path | None = None
+) -> dict[str, Any]:
+    """Write the classifier in `folder` into the new folder `out`, as "verilog" with C++ beside it or as "cpp" alone.
+
+    `data` is a .safetensors file whose `input` shows the range of the inputs; else the zoo's pictures or the example
+    do. Returns what was written. Raises UserError, before anything is written, when the compiler lacks a layer.
+    """
+    if target not in TARGETS:
+        raise UserError(f"the target is {target!r}; choose one of {', '.join(TARGETS)}, or none for .onnx and .gguf")
+    work, known = artifact_workload(folder, data)
+    if work.kind != "classifier":
+        raise UserError(f"{str(folder)!r} holds {WORDS.get(work.kind, work.kind)}; circuits are made of classifiers")
+    design = Streaming(**{} if cycles is None else {"cycles": cycles}).emit(work.model, work)
+    files = design.sources() if target == "verilog" else {"net.cpp": design.cpp}
+    write_sources(out, files)
+    facts: dict[str, Any] = {"path": str(out), "files": ", ".join(files), "weight_bits": design.net.weight_bits}
+    facts["input"] = (
+        f"bytes q by row, column and channel, x = {design.net.grid.offset:.9g} + {design.net.grid.step:.9g} q"
+    )
+    if target == "verilog":
+        facts |= {"bytes_per_word": design.folded[0].lanes, "expected_latency_cycles": design.expected_latency}
+    return facts if known else facts | {"note": "the example alone says which range a byte covers; give --data"}
 
 
 def _check_kind(folder: Path, out: Path, found: Any, wanted: str) -> None:

@@ -218,6 +218,18 @@ class Guard(Settings):
 
 
 @dataclass(frozen=True)
+class Target(Settings):
+    """Compiles a fitted model for something that is no processor: `target.emit(model, workload)` gives its sources."""
+
+    facts: ClassVar[Facts]
+    paper: ClassVar[str] = ""  # slug of the paper this implements, if any
+
+    def emit(self, model: nn.Module, workload: Workload | None = None) -> Any:
+        """A design with `sources()`: name -> text. Raises UserError, naming the layer, for what it does not have."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
 class Change:
     """One quantity before and after; `low`..`high` is the interval of after - before, seen on `n` examples.
 

@@ -27,6 +27,7 @@ from lilliput.method import (
     Guard,
     Method,
     Settings,
+    Target,
     find_method,
     method_names,
 )
@@ -39,7 +40,8 @@ NAMES = [name for name in method_names() if issubclass(find_method(name), Method
 TESTS = Path(__file__).parent.parent / "methods"
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
-FOUND = [name for name in method_names() if issubclass(find_method(name), Method | Decoder | Audit | Guard)]
+KINDS = Method | Decoder | Audit | Guard | Target
+FOUND = [name for name in method_names() if issubclass(find_method(name), KINDS)]
 
 everything = pytest.mark.parametrize("name", FOUND)
 every_method = pytest.mark.parametrize("name", NAMES)

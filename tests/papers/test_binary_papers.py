@@ -48,6 +48,15 @@ def test_the_rule_of_rebnet(second, third, ms, holds):
     assert seen.holds is holds
 
 
+def test_circuits_stand_in_the_rows_of_their_levels():
+    found = {name: trained(80.0) for name in rebnet.FORMS}
+    circuits = {m: {"luts": 100.0 * m, "cycles_per_frame": 7.0} for m in (1, 2, 3)}
+    seen = rebnet.evidence(found, constant(rebnet.FORMS), rebnet.EFFORT, 0, 0.0, circuits)
+    assert seen.row("ReBNet M=2").values["luts"] == 200
+    assert "luts" not in seen.row("float32").values
+    assert "take 100, 200, 300 look-up tables at 7 cycles" in seen.figure
+
+
 @pytest.mark.parametrize("name", xnor_net.FORMS)
 def test_conv4_has_the_form_and_packs_alike(name):
     torch.manual_seed(0)

@@ -1,23 +1,53 @@
-"""What a finished fit leaves in its record: the request, every candidate, the chosen one and how well costs were
+"""What a fit returns and leaves in its record: the request, every candidate, the chosen one and how well costs were
 predicted."""
 
 from __future__ import annotations
 
 import resource
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lilliput.artifact import save
 from lilliput.fitting.layers import bytes_by_part
 from lilliput.fitting.predict import left_out, left_out_timed, rank_correlation
+from lilliput.fitting.record import summary
+from lilliput.fitting.request import facts_of
 from lilliput.plan import Plan, read_serving
 from lilliput.served import label
+from lilliput.workload import Workload
 
 if TYPE_CHECKING:
     from lilliput.fitting.run import Job
 
 SHOWN = 400  # searched genomes at most, for the picture of the front
 TIMES = ("token_ms", "latency_ms")
+
+
+@dataclass
+class Fitted:
+    """What `fit` returns: the model, the plan that makes it, and everything that was measured on the way."""
+
+    model: nn.Module
+    plan: Plan
+    workload: Workload
+    folder: Path
+    record: dict[str, Any] = field(repr=False)
+
+    @property
+    def met(self) -> bool:
+        """Whether the budget holds on the verified numbers."""
+        return not self.record["verify"]["violations"]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the artifact somewhere else too."""
+        return save(self.model, folder, self.workload, self.plan, facts_of(self.record["request"]))
+
+    def summary(self) -> str:
+        """One line: what was asked, what came out, what it cost."""
+        return summary(self.record)
 
 
 def outcome(job: Job, best: dict[str, Any], plan: Plan, checked: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lilliput.budget import Budget
 from lilliput.device import Device
 from lilliput.errors import UserError
 from lilliput.method import method_names
+from lilliput.methods.circuits._fpga import Fpga
 from lilliput.runtimes import find_runtime
 from lilliput.workload import Workload
 
@@ -68,7 +69,7 @@ def check_names(runtime: str | None, sampler: str) -> None:
         find_runtime(runtime)
 
 
-def remembered(workload: Workload, budget: Budget, device: Device, o: Options) -> dict[str, Any]:
+def remembered(workload: Workload, budget: Budget, device: Device | Fpga, o: Options) -> dict[str, Any]:
     """What the run's folder says was asked; a resumed run must ask the same."""
     return {
         "workload": workload.name,

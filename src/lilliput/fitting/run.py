@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from lilliput.device import Device
 from lilliput.errors import UserError
 from lilliput.fitting.aim import aim
 from lilliput.fitting.build import Bench, key_of
+from lilliput.fitting.circuit import FittedCircuit, asked_fpga, fit_circuit
 from lilliput.fitting.judge import Judge
-from lilliput.fitting.outcome import outcome
+from lilliput.fitting.outcome import Fitted, outcome
 from lilliput.fitting.predict import Predictor, Sample, violation
 from lilliput.fitting.progress import Progress
-from lilliput.fitting.record import Run, fresh_folder, summary
+from lilliput.fitting.record import Run, fresh_folder
 from lilliput.fitting.recover import all_cores, recovered
 from lilliput.fitting.report.page import write_report
 from lilliput.fitting.request import Options, facts_of, read_options, remembered
@@ -48,32 +48,8 @@ TRIES = 6  # genomes timed in a round before one is healed and judged, where tha
 PATIENCE = 3  # rounds without a better candidate that end the search
 
 
-@dataclass
-class Fitted:
-    """What `fit` returns: the model, the plan that makes it, and everything that was measured on the way."""
-
-    model: nn.Module
-    plan: Plan
-    workload: Workload
-    folder: Path
-    record: dict[str, Any] = field(repr=False)
-
-    @property
-    def met(self) -> bool:
-        """Whether the budget holds on the verified numbers."""
-        return not self.record["verify"]["violations"]
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the artifact somewhere else too."""
-        return save(self.model, folder, self.workload, self.plan, facts_of(self.record["request"]))
-
-    def summary(self) -> str:
-        """One line: what was asked, what came out, what it cost."""
-        return summary(self.record)
-
-
-def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: Any) -> Fitted:
-    """Fit `workload` into `budget` on this machine (or a modelled `device`); see `Options` for the rest.
+def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: Any) -> Fitted | FittedCircuit:
+    """Fit `workload` into `budget` on this machine (or a modelled `device`, or an FPGA); see `Options` for the rest.
 
     Writes `runs/<name>/` as it goes: with `resume=True` a killed fit goes on. Raises UserError when the budget is out
     of reach, with the distance. Ctrl-C keeps the best so far.
@@ -83,6 +59,8 @@ def fit(workload: Workload, budget: Budget | str = DEFAULT_BUDGET, **options: An
     budget = Budget(budget) if isinstance(budget, str) else budget
     start = time.monotonic()
     torch.manual_seed(o.seed)
+    if fpga := asked_fpga(o.device, budget):
+        return fit_circuit(workload, budget, fpga, o)
     device = Device.load(o.device) if o.device else Device.here()
     folder = o.out or fresh_folder(Path("runs"), workload.name)
     run = Run(folder, remembered(workload, budget, device, o), o.resume)

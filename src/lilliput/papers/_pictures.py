@@ -43,6 +43,10 @@ class Table:
     def add(self, contender: str, quantity: str, value: float) -> None:
         self._found[contender][quantity].append(value)
 
+    def all(self, contender: str, quantity: str) -> list[float]:
+        """Every measurement of one quantity, in the order they were made."""
+        return self._found[contender][quantity]
+
     def rows(self) -> list[Row]:
         """One row per contender: means, and standard deviations where there were repeats."""
         return [

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -49,6 +50,7 @@ TOLERANCE = 0.3  # points of accuracy that may be lost, the paper's figure
 RETRAIN_RATE = 3e-4
 SAMPLES = 16_384  # inputs of a layer that are clustered
 BIG, SMALL = 32, 16  # entries of the two halves of the rule
+Books = tuple[Tensor, Tensor]  # of a layer's weights and of its inputs
 # Picojoule, 45 nm: Horowitz, "Computing's energy problem", ISSCC 2014 (32-bit float operations; a 32-bit read of 8 KiB)
 MULTIPLY_PJ, ADD_PJ, READ_PJ = 3.7, 0.9, 5.0
 
@@ -209,27 +211,38 @@ def retrained(
     """
     model = copy.deepcopy(model)
     for i in range(scale.rounds):
-        with rounding(model, work, entries, book) if book else nullcontext():
+        books = {} if book is None else books_of(model, work, partial(_alike, book, entries))
+        with rounding(model, books):
             learn_(model, work, scale.retrain_steps, RETRAIN_RATE, 1000 * (seed + 1) + i)
     return model
 
 
-@contextmanager
-def rounding(model: nn.Sequential, work: Workload, entries: int, book: Book) -> Iterator[None]:
-    """The network with weights and inputs rounded to books made now; the float weights it learned stay behind."""
+def _alike(book: Book, entries: int, _: str, layer: nn.Module, seen: Tensor) -> Books:
+    return book(layer.get_parameter("weight"), entries), book(seen, entries)
+
+
+def books_of(model: nn.Sequential, work: Workload, make: Callable[[str, nn.Module, Tensor], Books]) -> dict[str, Books]:
+    """Name -> codebooks of weights and inputs of each layer; `make` gets its name, itself and sampled inputs."""
     layers = {n: m for n, m in model.named_children() if isinstance(m, nn.Linear | nn.Conv2d)}
     seen = sampled_inputs(model, work, list(layers), work.calibration, SAMPLES)
+    return {name: make(name, layer, seen[name]) for name, layer in layers.items()}
+
+
+@contextmanager
+def rounding(model: nn.Sequential, books: Mapping[str, Books]) -> Iterator[None]:
+    """The network with weights and inputs rounded to books; the float weights it learned stay behind."""
     handles = []
-    for name, layer in layers.items():
-        weight_book, inputs = book(layer.weight, entries), Nearest(with_zero(book(seen[name], entries)))
+    for name, (weight_book, input_book) in books.items():
+        layer, inputs = model.get_submodule(name), Nearest(with_zero(input_book))
         parametrize.register_parametrization(layer, "weight", Nearest(weight_book))
         handles.append(layer.register_forward_pre_hook(lambda _, args, inputs=inputs: (inputs(args[0]),)))
     yield
-    for handle, layer in zip(handles, layers.values()):
+    for handle, name in zip(handles, books):
+        layer = model.get_submodule(name)
         handle.remove()
         latent = layer.parametrizations.weight.original.detach().clone()  # type: ignore[union-attr]
         parametrize.remove_parametrizations(layer, "weight")
-        layer.weight.data.copy_(latent)
+        layer.weight.data.copy_(latent)  # type: ignore[union-attr]
 
 
 # --- measuring -------------------------------------------------------------------------------------------------

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lilliput.kernels import isa
+from lilliput.methods.circuits._fpga import Fpga
+from lilliput.methods.circuits.streaming import Streaming
 from lilliput.methods.quantize.binary import BinaryLinear, pack
 from lilliput.metrics.latency import paired_ratio, wait_until_quiet
-from lilliput.paper import Evidence, Paper
+from lilliput.paper import Evidence, Paper, Row
 from lilliput.papers._binary_nets import Trained, one_thread_ms, timing, trained
+from lilliput.papers._circuits import hardware, lacking
 from lilliput.papers._healed import clearly, matched, said
-from lilliput.papers._low_rank import Effort
+from lilliput.papers._low_rank import Effort, pictures_work
 from lilliput.papers._paired import points_over
 
 paper = Paper(
@@ -24,11 +28,12 @@ paper = Paper(
     arxiv="1711.01243",
     claim="Activations as a sum of M signs with learned coefficients make a binary network more accurate with each "
     "level, on the same weights and the same XNOR-popcount datapath, whose throughput falls about as 1/M.",
-    methods=("quantize.binary",),
+    methods=("quantize.binary", "circuits.streaming"),
 )
 
 RATE = 3e-3  # of learning, for all; fixed before any result
 WIDTH, TIMED = 256, (64, 1024)  # of the hidden layers; pictures and width of the layer that is timed
+CHIP, CYCLES, FRAMES = "ecp5-25k", 7000, 50  # of the circuits: cycles of the slowest stage, pictures that are simulated
 COST = 1.1  # times M: what a network of M levels may take
 FORMS: dict[str, dict[str, Any] | None] = {
     "float32": None,
@@ -79,16 +84,33 @@ def experiment(seed: int = 0, full: bool = False) -> Evidence:
     torch.manual_seed(seed)
     tokens, width = TIMED
     layers = {name: pack(linear(width, width, name)).eval() for name in FORMS}
-    return evidence(found, one_thread_ms(layers, torch.randn(tokens, width), effort.rounds), effort, seed, busy)
+    times = one_thread_ms(layers, torch.randn(tokens, width), effort.rounds)
+    circuits = {} if lacking() else {m: circuit(found[f"ReBNet M={m}"].network, seed, effort) for m in (1, 2, 3)}
+    return evidence(found, times, effort, seed, busy, circuits)
+
+
+def circuit(network: nn.Module, seed: int, effort: Effort) -> dict[str, float]:
+    """Cells, cycles and accuracy of a packed network as a circuit whose slowest stage takes CYCLES at most."""
+    work = pictures_work(network, seed, effort)
+    design = Streaming(cycles=CYCLES).emit(network, work)
+    x, labels = (torch.cat([batch[key] for batch in work.test]) for key in ("input", "label"))
+    q = design.net.read(x)
+    right = (design.net(q).argmax(1) == labels).float().mean()
+    return {"circuit_accuracy_percent": 100 * float(right), **hardware(design, q[:FRAMES], Fpga.load(CHIP))}
 
 
 EFFORT = Effort(steps=800, test_pictures=4000, rounds=10, seeds=3)
 
 
 def evidence(
-    found: dict[str, Trained], times: dict[str, list[float]], effort: Effort, seed: int, busy: float
+    found: dict[str, Trained],
+    times: dict[str, list[float]],
+    effort: Effort,
+    seed: int,
+    busy: float,
+    circuits: Mapping[int, Mapping[str, float]] = {},
 ) -> Evidence:
-    """Rows and verdict of what was trained and timed."""
+    """Rows and verdict of what was trained, timed and, if at all, made into circuits of M levels."""
     levels = [found[f"ReBNet M={m}"] for m in (1, 2, 3)]
     second, third = points_over(levels[1], levels[0]), points_over(levels[2], levels[1])
     uniform, behind = points_over(levels[1], found[UNIFORM]), points_over(levels[2], found["float32"])
@@ -98,12 +120,25 @@ def evidence(
         setup=f"784-{WIDTH}-{WIDTH}-{WIDTH}-10, Fashion-MNIST, {effort.steps} steps of {effort.batch_size} pictures, "
         f"{effort.test_pictures} test pictures, seeds {seed} to {seed + effort.seeds - 1}; layer_ms: {TIMED[1]} x "
         f"{TIMED[1]}, batch {TIMED[0]}, {isa()}, 1 thread; other work kept {busy:.1f} cores busy",
-        rows=[one.row(name, *timing(times[name])) for name, one in found.items()],
+        rows=[_row(name, one, times[name], circuits) for name, one in found.items()],
         holds=bool(holds),
         figure=f"M=2 {said(second, 1)} points over M=1, M=3 {said(third, 1)} over M=2 ({behind[0]:+.1f} from float32; "
         f"M=2 {said(uniform, 1)} from 2-bit uniform); a layer takes "
-        f"{cost[2]:.2f} and {cost[3]:.2f} times the time of M=1",
-        limits="A multi-layer perceptron, briefly trained, on pictures of mean 0 and deviation 1 (not -1..1); time on "
-        "a CPU, not area and throughput of an FPGA. Thresholds are not folded into the BatchNorms. Coefficients of one "
-        "level are fixed: the layer's scale is the same factor.",
+        f"{cost[2]:.2f} and {cost[3]:.2f} times the time of M=1{_area(circuits)}",
+        limits="A multi-layer perceptron, briefly trained, on pictures of mean 0 and deviation 1 (not -1..1); the rule "
+        "is on the time on a CPU. The circuits count all planes at once, so their area grows where the paper's throughput "
+        "falls; they were synthesised, not placed. Coefficients of one level are fixed: the layer's scale is the same "
+        "factor.",
     )
+
+
+def _row(name: str, one: Trained, times: list[float], circuits: Mapping[int, Mapping[str, float]]) -> Row:
+    values, spread = timing(times)
+    return one.row(name, values | dict(next((c for m, c in circuits.items() if name == f"ReBNet M={m}"), {})), spread)
+
+
+def _area(circuits: Mapping[int, Mapping[str, float]]) -> str:
+    if not circuits:
+        return ""
+    tables = ", ".join(f"{c['luts']:.0f}" for c in circuits.values())
+    return f"; as circuits M=1, 2, 3 take {tables} look-up tables at {circuits[1]['cycles_per_frame']:.0f} cycles a frame"
