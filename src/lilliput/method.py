@@ -269,6 +269,18 @@ class Audit(Settings):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Guard(Settings):
+    """Stands around a model while it answers: nothing of the model changes, only how it is asked."""
+
+    facts: ClassVar[Facts]
+    paper: ClassVar[str] = ""  # slug of the paper this implements, if any
+
+    def around(self, model: nn.Module, size: tuple[int, ...]) -> Any:
+        """The guarded model, ready to be asked on inputs of a size. Raises UserError for what it cannot guard."""
+        raise NotImplementedError
+
+
 def _abbreviate(names: Sequence[str], limit: int = 6) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
