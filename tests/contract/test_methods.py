@@ -24,6 +24,7 @@ from lilliput.method import (
     UNLABELLED,
     Audit,
     Decoder,
+    Guard,
     Method,
     Settings,
     find_method,
@@ -38,7 +39,7 @@ NAMES = [name for name in method_names() if issubclass(find_method(name), Method
 TESTS = Path(__file__).parent.parent / "methods"
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
-FOUND = [name for name in method_names() if issubclass(find_method(name), Method | Decoder | Audit)]
+FOUND = [name for name in method_names() if issubclass(find_method(name), Method | Decoder | Audit | Guard)]
 
 everything = pytest.mark.parametrize("name", FOUND)
 every_method = pytest.mark.parametrize("name", NAMES)

@@ -44,7 +44,12 @@ class Gates:
     def __post_init__(self):
         for name, kind in (("kinds", np.uint8), ("left", np.int32), ("right", np.int32)):
             array = getattr(self, name)
-            if array.dtype != kind or array.shape != self.kinds.shape or array.ndim != 1 or not array.flags.c_contiguous:
+            if (
+                array.dtype != kind
+                or array.shape != self.kinds.shape
+                or array.ndim != 1
+                or not array.flags.c_contiguous
+            ):
                 raise UserError(f"{name} of the gates are {array.dtype} {array.shape}; give contiguous {kind.__name__}")
             array.flags.writeable = False  # what was checked stays so
         before = np.arange(self.inputs, self.wires)
@@ -94,7 +99,8 @@ def garble(
 ) -> np.ndarray:
     """Tables of the gates first .. last-1, uint8 (ANDs, 32); fills in `labels` (wires, 16), each for false.
 
-    `bits` (bits,) uint8 are 0 or 1; AND number k of all gates uses the tweaks tweak + 2 k and the next. Raises UserError.
+    `bits` (bits,) uint8 are 0 or 1; AND number k of all gates uses the tweaks tweak + 2 k and the next. Raises
+    UserError.
     """
     _check_run(gates, first, last, labels)
     if delta.shape != (LABEL_BYTES,) or not delta[0] & 1:
@@ -115,7 +121,9 @@ def evaluate(
     _check_run(gates, first, last, labels)
     before, after = gates.ands_before[first], gates.ands_before[last]
     if tables.dtype != np.uint8 or tables.shape != (after - before, TABLE_BYTES) or not tables.flags.c_contiguous:
-        raise UserError(f"tables are {tables.dtype} {tables.shape}; {after - before} ANDs have as many rows of 32 bytes")
+        raise UserError(
+            f"tables are {tables.dtype} {tables.shape}; {after - before} ANDs have as many rows of 32 bytes"
+        )
     where = _address(labels), tweak + 2 * int(before), _address(tables)
     _native.garbling_evaluate(_address(_key(key)), _native_gates(gates), first, last, *where)
 

@@ -14,9 +14,6 @@ struct GarblingTiles {
                    int64_t tweak, const uint8_t* tables);
 };
 
-extern const GarblingTiles garbling_scalar;
-#if defined(LILLIPUT_X86)
-extern const GarblingTiles garbling_avx2, garbling_avx512;
-#endif
+extern const GarblingTiles garbling_scalar, garbling_avx2, garbling_avx512;
 
 }  // namespace lilliput

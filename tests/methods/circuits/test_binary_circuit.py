@@ -7,7 +7,7 @@ from torch import nn
 
 from lilliput.errors import UserError
 from lilliput.methods.circuits import _binary_model
-from lilliput.methods.circuits._binary_circuit import BinaryCircuit, planes, plain
+from lilliput.methods.circuits._binary_circuit import BinaryCircuit, plain, planes
 from lilliput.methods.circuits._binary_model import read
 from lilliput.methods.circuits._parties import digest, under_taps
 from lilliput.methods.circuits._shapes import LayerShape, Shape
@@ -19,17 +19,18 @@ REAL = {"activations": "real", "scale": "layer"}
 
 
 def settle(model, size, seed=0):
-    """Norms with statistics, weights and biases that are not the first ones; some factors are negative."""
+    """Weights, factors (some negative) and biases that are not the first ones, norms that have seen inputs."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
-            for p in module.parameters(recurse=False):
-                p.copy_(torch.randn(p.shape, generator=generator))
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                module.running_mean.copy_(torch.randn(len(module.running_mean), generator=generator) * 3)
-                module.running_var.copy_(torch.rand(len(module.running_var), generator=generator) * 9 + 0.5)
+            for name, p in module.named_parameters(recurse=False):
+                p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if name == "bias" else 1))
             if getattr(module, "levels", None) is not None:
                 module.levels.fill_(1.0)
+            if getattr(module, "gamma", None) is not None:
+                module.gamma.fill_(0.7)
+        for _ in range(20):
+            model.train()(torch.rand(64, *size, generator=generator) * 15 * SCALE + OFFSET)
     return model.eval()
 
 
@@ -85,7 +86,7 @@ def shares(shape, layers, p, seed=0):
 @pytest.mark.parametrize("seed", range(3))
 def test_signs_in_the_open_and_in_the_circuit_are_those_of_torch(name, seed):
     model, size = made(name, SIGNS, seed)
-    x = torch.randn(30, *size, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(100, *size, generator=torch.Generator().manual_seed(seed))
     expected = model(x).argmax(-1).numpy()
     assert len(set(expected.tolist())) > 1
     shape, layers = read(model, size, 8, 1.0, 0.0)
@@ -212,8 +213,8 @@ def test_networks_without_an_exact_circuit_are_refused(message):
 @pytest.mark.parametrize("padding", [(0, 0), (1, 2)])
 @pytest.mark.parametrize("dilation", [(1, 1), (2, 1)])
 def test_places_are_those_of_torch(kernel, stride, padding, dilation):
-    layer = LayerShape((2, 6, 7), 1, kernel, stride, padding, dilation, pool=(2, 1))
-    picture = torch.arange(1.0, 2 * 6 * 7 + 1).view(1, 2, 6, 7)
+    layer = LayerShape((2, 9, 7), 1, kernel, stride, padding, dilation, pool=(2, 1))
+    picture = torch.arange(1.0, 2 * 9 * 7 + 1).view(1, 2, 9, 7)
     columns = nn.functional.unfold(picture, kernel, dilation, padding, stride)[0].T
     assert np.array_equal(layer.places(), columns.numpy() - 1)
     outputs = torch.randn(1, 1, *layer.picture)

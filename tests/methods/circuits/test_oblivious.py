@@ -43,7 +43,9 @@ def test_the_group_is_that_of_rfc_3526():
     p = prime()
     text = f"{p:X}"
     # the beginning that all groups of the RFC share, the end of group 15, and what makes it a group for this
-    assert text.startswith("FFFFFFFFFFFFFFFFC90FDAA22168C234C4C6628B80DC1CD129024E088A67CC74020BBEA63B139B22514A08798E3404DD")
+    assert text.startswith(
+        "FFFFFFFFFFFFFFFFC90FDAA22168C234C4C6628B80DC1CD129024E088A67CC74020BBEA63B139B22514A08798E3404DD"
+    )
     assert text.endswith("4B82D120A93AD2CAFFFFFFFFFFFFFFFF")
     assert p.bit_length() == 8 * ELEMENT_BYTES == 3072
     assert probably_prime(p)

@@ -56,7 +56,9 @@ class BinaryCircuit:
         for index, layer in enumerate(shape.layers[:-1]):
             hidden = self._first(wires, layer) if index == 0 and shape.bits else self._hidden(wires, index, layer)
             wires = self._pool(hidden, index, layer)
-        self.circuit: Circuit = self._build.done(np.array(self._classes(wires, len(shape.layers) - 1), np.int32))
+        outputs = self._classes(wires, len(shape.layers) - 1)
+        self.circuit: Circuit = self._build.done(np.array(outputs, np.int32))
+        del self._build
 
     def _slot(self, role: str, layer: int, *shape: int, places: np.ndarray | None = None, count: int = 0) -> np.ndarray:
         at = self._build.secret(*shape)

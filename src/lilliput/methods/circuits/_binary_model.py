@@ -33,7 +33,9 @@ class Stage:
     shift: Tensor | None = field(default=None)  # thresholds of the next layer's inputs
 
 
-def read(model: nn.Module, inputs: tuple[int, ...], bits: int, scale: float, offset: float) -> tuple[Shape, list[SecretLayer]]:
+def read(
+    model: nn.Module, inputs: tuple[int, ...], bits: int, scale: float, offset: float
+) -> tuple[Shape, list[SecretLayer]]:
     """Shape and secrets of an `nn.Sequential` of binary layers for inputs of a size (values,) or (channels, H, W).
 
     The network sees scale * p + offset of a whole number p, unless its first layer takes signs. Raises UserError for
@@ -61,7 +63,9 @@ def read(model: nn.Module, inputs: tuple[int, ...], bits: int, scale: float, off
 def _stages(model: nn.Module) -> Iterator[Stage]:
     """The binary layers in order. Raises UserError for a module that the circuit has no part for."""
     if not isinstance(model, nn.Sequential):
-        raise UserError(f"the model is a {type(model).__name__}; a circuit is made of an nn.Sequential of binary layers")
+        raise UserError(
+            f"the model is a {type(model).__name__}; a circuit is made of an nn.Sequential of binary layers"
+        )
     stage: Stage | None = None
     for name, module in model.named_children():
         if isinstance(module, (*LINEAR, *CONVOLUTION)):

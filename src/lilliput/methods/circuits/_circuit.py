@@ -67,7 +67,10 @@ class Builder:
         """The circuit with these wires as its answer."""
         kinds = [np.full(left.size, kind, np.uint8) for kind, left, _ in self._parts]
         left, right = ([part[side].ravel() for part in self._parts] for side in (1, 2))
-        arrays = [np.concatenate([np.zeros(0, x), *p], dtype=x) for p, x in zip((kinds, left, right), (np.uint8, np.int32, np.int32))]
+        arrays = [
+            np.concatenate([np.zeros(0, x), *p], dtype=x)
+            for p, x in zip((kinds, left, right), (np.uint8, np.int32, np.int32))
+        ]
         return Circuit(Gates(len(self.inputs) + 1, self.bits, *arrays), np.asarray(outputs, np.int32).ravel())
 
     def secret(self, *shape: int) -> np.ndarray:

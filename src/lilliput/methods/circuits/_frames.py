@@ -43,27 +43,28 @@ class Channel:
 
     def __init__(self, connection: socket.socket, timeout_s: float):
         self.connection, self.timeout_s = connection, timeout_s
+        if connection.family in (socket.AF_INET, socket.AF_INET6):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # parties take turns: nothing to wait for
         self.sent_bytes = self.received_bytes = 0
 
-    def send(self, kind: Frame, payload: bytes | memoryview = b"") -> None:
+    def send(self, kind: Frame, payload: bytes = b"") -> None:
         """Send one message. Raises SessionEnded."""
-        size = memoryview(payload).nbytes
         try:
             self.connection.settimeout(self.timeout_s)
-            self.connection.sendall(HEADER.pack(kind, size))
-            if size:
-                self.connection.sendall(payload)
+            self.connection.sendall(HEADER.pack(kind, len(payload)) + payload)
         except TimeoutError:
             raise SessionEnded(f"the other party took no {kind.name} for {self.timeout_s:g} s") from None
         except OSError as error:
             raise SessionEnded(f"the other party is gone: {error}") from None
-        self.sent_bytes += HEADER.size + size
+        self.sent_bytes += HEADER.size + len(payload)
 
     def receive(self, kind: Frame, size: int | None = None, at_most: int = 0) -> bytearray:
         """The next message, of this kind and of `size` bytes, or `at_most` so many. Raises SessionEnded."""
         return self.receive_any((kind,), size, at_most)[1]
 
-    def receive_any(self, kinds: tuple[Frame, ...], size: int | None = None, at_most: int = 0) -> tuple[Frame, bytearray]:
+    def receive_any(
+        self, kinds: tuple[Frame, ...], size: int | None = None, at_most: int = 0
+    ) -> tuple[Frame, bytearray]:
         """The same for one of several kinds."""
         deadline = time.monotonic() + self.timeout_s
         due = " or ".join(kind.name for kind in kinds)
@@ -94,7 +95,9 @@ class Channel:
             except OSError as error:
                 raise SessionEnded(f"the other party is gone: {error}") from None
             if not piece:
-                raise SessionEnded(f"the other party closed the connection after {len(found)} of {count} bytes of {due}")
+                raise SessionEnded(
+                    f"the other party closed the connection after {len(found)} of {count} bytes of {due}"
+                )
             found += piece
         self.received_bytes += count
         return found

@@ -164,6 +164,6 @@ def _values(x: Any, shape: Any) -> np.ndarray:
         return array if array.dtype == bool else array >= 0
     if array.dtype.kind not in "iu":
         raise UserError(f"the input is {array.dtype}; the server's network takes whole numbers of {shape.bits} bits")
-    if array.size and not (0 <= array.min() and array.max() < 2**shape.bits):
+    if array.size and not (array.min() >= 0 and array.max() < 2**shape.bits):
         raise UserError(f"the input goes from {array.min()} to {array.max()}; give 0 to {2**shape.bits - 1}")
     return array
