@@ -29,7 +29,7 @@ def dense(inputs: int, neurons: int) -> Circuit:
 
 
 def signed_sum(inputs: int, neurons: int) -> Circuit:
-    """sum_k w_k x_k >= 0 for inputs of 8 bits and secret weights +1 and -1: a first layer without conditional addition."""
+    """sum_k w_k x_k >= 0 for inputs of 8 bits and secret weights +1 and -1: no conditional addition before."""
     build = Builder(inputs * BITS)
     sign = build.secret(inputs, neurons)
     x = [build.flip(bit[:, None], sign) for bit in build.inputs.reshape(BITS, inputs)]

@@ -32,9 +32,9 @@ paper = Paper(
     authors="M. Sadegh Riazi, Mohammad Samragh, Hao Chen, Kim Laine, Kristin Lauter, Farinaz Koushanfar",
     year=2019,
     arxiv="1902.07342",
-    claim="A client gets a network's answer and the server learns nothing of the input, in a constant number of rounds, "
-    "many times cheaper than by circuits of fixed-point numbers when the network is binary: XNOR is free in a garbled "
-    "circuit, and widened layers win the accuracy back.",
+    claim="A client gets a network's answer and the server learns nothing of the input, in a constant number of "
+    "rounds, many times cheaper than by circuits of fixed-point numbers when the network is binary: XNOR is free in a "
+    "garbled circuit, and widened layers win the accuracy back.",
     methods=("circuits.secret_inputs", "quantize.binary"),
 )
 
@@ -89,7 +89,7 @@ class Asked:
 
 
 def network(width: int | None, whole: bool) -> nn.Sequential:
-    """196-h-h-10: float32 with ReLUs, or binary with hidden layers `width` times as wide, on whole inputs or on signs."""
+    """196-h-h-10: float32 with ReLUs, or binary with hidden layers `width` times as wide, on whole inputs or signs."""
     if width is None:
         sizes = (SIDE * SIDE, HIDDEN, HIDDEN, CLASSES)
         parts = [[nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()] for a, b in itertools.pairwise(sizes)]
@@ -219,12 +219,12 @@ def first_layer_in_circuit() -> Rival:
 
 
 def experiment(seed: int = 0, full: bool = False) -> Evidence:
-    """Binary perceptrons on 14x14 digits, asked over loopback by another process, against 8-bit numbers in the same engine.
+    """Binary perceptrons on 14x14 digits, asked over loopback by another process; 8-bit numbers in the same engine.
 
     Holds when (1) every secret answer is the one that the packed network gives in the open, (2) the tables and the
     garbling and evaluation of the widened network on binary inputs take at least CHEAPER times fewer bytes and seconds
-    than 8-bit numbers take in a network of the plain width, and (3) the widened network on 8-bit inputs is, two standard
-    errors over seeds included, not TOLERATED_POINTS less accurate than float32.
+    than 8-bit numbers take in a network of the plain width, and (3) the widened network on 8-bit inputs is, two
+    standard errors over seeds included, not TOLERATED_POINTS less accurate than float32.
     """
     effort = FULL if full else EFFORT
     busy = wait_until_quiet()
@@ -277,22 +277,23 @@ def evidence(
         summed.row("8-bit inputs of the wide net summed in the circuit (first layer alone)"),
         Row("twice as wide, 3 rows for every gate, XOR not free (modelled)", every_gate),
     ]
-    seconds = wide.traffic.answer_seconds / wide.traffic.answers
+    ms = 1e3 * wide.traffic.answer_seconds / wide.traffic.answers
+    equal, answers = sum(one.equal for one in found.values()), sum(one.answers for one in found.values())
+    wider = WIDENED * HIDDEN
     return Evidence(
-        setup=f"196-{HIDDEN}-{HIDDEN}-10 and 196-{WIDENED * HIDDEN}-{WIDENED * HIDDEN}-10 on 14x14 digits, {effort.steps} "
-        f"steps of {BATCH}, seeds {seed} to {seed + effort.seeds - 1}, the last one asked {effort.answers} times over "
-        f"loopback by another process; AES by {'instructions' if hardware_cipher() else 'tables'}; 8-bit numbers garbled "
-        f"and evaluated in slices of {SLICE} neurons in one process; other work kept {busy:.1f} cores busy",
+        setup=f"196-{HIDDEN}-{HIDDEN}-10 and 196-{wider}-{wider}-10 on 14x14 digits, {effort.steps} steps of {BATCH}, "
+        f"seeds {seed} to {seed + effort.seeds - 1}, the last one asked {effort.answers} times over loopback by "
+        f"another process; AES by {'instructions' if hardware_cipher() else 'tables'}; 8-bit numbers garbled and evaluated in "
+        f"slices of {SLICE} neurons in one process; other work kept {busy:.1f} cores busy",
         rows=rows,
         holds=bool(all_equal and fewer_bytes >= CHEAPER and faster >= CHEAPER and accurate),
-        figure=f"{sum(one.equal for one in found.values())} of {sum(one.answers for one in found.values())} secret answers "
-        f"equal; twice as wide: {wide.traffic.ands} ANDs, {seconds * 1e3:.0f} ms an answer, {fewer_bytes:.0f} times fewer "
-        f"bytes and {faster:.0f} times less engine time than 8-bit numbers; on 8-bit inputs {behind:+.1f} ± {error:.1f} "
-        f"points from float32; width 1: {plain.traffic.ands} ANDs",
+        figure=f"{equal} of {answers} secret answers equal; twice as wide: {wide.traffic.ands} ANDs, {ms:.0f} ms an "
+        f"answer, {fewer_bytes:.0f} times fewer bytes and {faster:.0f} times less engine time than 8-bit numbers; on "
+        f"8-bit inputs {behind:+.1f} ± {error:.1f} points from float32; plain width: {plain.traffic.ands} ANDs",
         limits="A small perceptron, both parties on one machine, no network between them. The rivals of the paper "
-        "(Gazelle, MiniONN, SecureML) are other protocols and were not run: 8-bit numbers in the same circuit engine stand "
-        "for them, with float32's accuracy and without arg-max. Weights there take full ANDs, where a garbler that knows "
-        "one factor could send half. Semi-honest parties; layers are widened, not trimmed by importance.",
+        "(Gazelle, MiniONN, SecureML) are other protocols and were not run: 8-bit numbers in the same circuit engine "
+        "stand for them, with float32's accuracy and without arg-max. Weights there take full ANDs, where a garbler "
+        "that knows one factor could send half. Semi-honest parties; layers are widened, not trimmed by importance.",
     )
 
 

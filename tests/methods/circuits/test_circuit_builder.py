@@ -1,5 +1,7 @@
 """Parts of circuits against Python's own numbers, and how many ANDs they take."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ FEW = settings(max_examples=25, deadline=None)
 def numbers(build, *widths):
     """The inputs cut into numbers."""
     ends = np.cumsum([0, *widths])
-    return [list(build.inputs[a:b]) for a, b in zip(ends, ends[1:])]
+    return [list(build.inputs[a:b]) for a, b in itertools.pairwise(ends)]
 
 
 def value(bits):

@@ -35,7 +35,7 @@ class SecretLayer:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """Where some of the garbler's bits are: `role` of layer `layer`, indices `at`; `places` and `count` of a threshold."""
+    """Where some of the garbler's bits are: their role in a layer, their indices, a threshold's places and count."""
 
     role: str
     layer: int
@@ -66,7 +66,7 @@ class BinaryCircuit:
         return at
 
     def _first(self, wires: Wires, layer: LayerShape) -> Wires:
-        """Whether sum - threshold is not negative, (filters, places): the top bit of the sum of both parties' shares."""
+        """Whether sum - threshold is not negative, (filters, places): the top bit of both parties' shares added."""
         bits, places = self.shape.share_bits, layer.picture[0] * layer.picture[1]
         ours = wires.reshape(bits, layer.filters, places)
         theirs = self._build.flip(ZERO, self._slot("share", 0, bits, layer.filters, places))
@@ -150,18 +150,20 @@ def planes(values: np.ndarray, bits: int) -> np.ndarray:
 def plain(shape: Shape, secrets: list[SecretLayer], x: np.ndarray) -> np.ndarray:
     """The classes (B,) of inputs (B, values), whole numbers or bits (true for +1), computed in the open."""
     values = x.astype(np.int64) if shape.bits else np.where(x, 1, -1)
-    for layer, secret in zip(shape.layers, secrets):
-        places = layer.places()
-        under = np.where(places >= 0, values[:, places], 0)  # (B, places, taps)
-        sums = np.einsum("bpt,ft->bfp", under, np.where(secret.weights, 1, -1))
-        if secret.offsets is not None and secret.ranks is not None:
-            scores = ((sums[..., 0] + layer.taps) // 2 + secret.offsets) * layer.filters + secret.ranks
-            return scores.argmax(-1)
-        assert secret.thresholds is not None and secret.flips is not None
-        reached, flips, windows = sums >= secret.thresholds, secret.flips[:, None], layer.windows()
+    for layer, secret in zip(shape.layers[:-1], secrets):
+        reached, flips, windows = _sums(layer, secret, values) >= secret.thresholds, secret.flips, layer.windows()
         if layer.pool_first:
-            signs = reached[:, :, windows].any(2) ^ flips
+            signs = reached[:, :, windows].any(2) ^ flips[:, None]  # type: ignore[index]
         else:
-            signs = (reached ^ flips)[:, :, windows].any(2)
+            signs = (reached ^ flips[:, None])[:, :, windows].any(2)  # type: ignore[index]
         values = np.where(signs.reshape(len(x), -1), 1, -1)
-    raise AssertionError("the last layer has offsets")
+    last, secret = shape.layers[-1], secrets[-1]
+    agreements = (_sums(last, secret, values)[..., 0] + last.taps) // 2
+    return ((agreements + secret.offsets) * last.filters + secret.ranks).argmax(-1)
+
+
+def _sums(layer: LayerShape, secret: SecretLayer, values: np.ndarray) -> np.ndarray:
+    """What the weights make of values (B, values): (B, filters, places)."""
+    places = layer.places()
+    under = np.where(places >= 0, values[:, places], 0)
+    return np.einsum("bpt,ft->bfp", under, np.where(secret.weights, 1, -1))

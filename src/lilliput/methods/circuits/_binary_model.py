@@ -155,7 +155,7 @@ def _hidden(stage: Stage, shape: LayerShape, whole: tuple[float, float] | None) 
 
 
 def _thresholds(factor: np.ndarray, constant: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(least sum for +1, int64 (filters, places); whether it is for -1 instead (filters,)) of factor * sum + constant >= 0.
+    """The least sum with factor * sum + constant >= 0, int64 (filters, places), and for which filters it is for -1.
 
     A negative factor asks for sum <= q, which is not (sum >= floor(q) + 1).
     """

@@ -6,6 +6,7 @@ for a full adder (Boyar & Peralta), one for a bit of a comparison, one for a bit
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -38,7 +39,7 @@ class Circuit:
         before, count = self.gates.ands_before, len(self.gates.kinds)
         ends = [int(np.searchsorted(before, limit, "right")) - 1 for limit in range(ands, self.gates.ands, ands)]
         cuts = sorted({0, *ends, count})
-        return list(zip(cuts, cuts[1:]))
+        return list(itertools.pairwise(cuts))
 
     def run(self, inputs: np.ndarray, bits: np.ndarray) -> np.ndarray:
         """What the circuit computes, without any secrecy: inputs (B, inputs) and bits (bits,) -> (B, outputs), bool."""
@@ -92,7 +93,7 @@ class Builder:
         return self._gates(NOT, a, ZERO)
 
     def flip(self, a: Wires, secret: np.ndarray) -> Wires:
-        """a ^ bit, where `secret` are indices that `secret()` gave; nobody but the garbler can tell what became of a."""
+        """a ^ bit, for indices that `secret` gave; nobody but the garbler can tell what became of a."""
         return self._gates(FLIP, a, secret)
 
     def _gates(self, kind: int, a: Wires, b: np.ndarray) -> Wires:

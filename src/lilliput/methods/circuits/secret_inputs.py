@@ -1,8 +1,8 @@
 """Answers on inputs that the server does not see, with weights that the client does not see, by garbled circuits.
 
 Two processes, or two machines, that keep to the protocol and may be curious ("semi-honest"). The server garbles a
-binary network; the client evaluates it on its input and alone learns the class. XNOR with a weight costs nothing in a
-garbled circuit, counting n agreements n ANDs less a few, so a network of signs is the kind that this can afford. What is
+binary network; the client evaluates it on its input and alone learns the class. In a garbled circuit XNOR with a weight
+costs nothing and counting n agreements n ANDs less a few, so that networks of signs are what one can afford. What is
 protected, against whom, and what is not: docs/secret_inputs.md.
 
     guard = SecretInputs(bits=8, scale=1 / 255)
@@ -11,8 +11,9 @@ protected, against whom, and what is not: docs/secret_inputs.md.
     with guard.connect(address) as client:                            # the client's process
         answer = client.infer(pixels)                                 # whole numbers, 0 .. 255
 
-The model is an `nn.Sequential` of binary layers (`quantize.binary`) with BatchNorm and max-pooling between them. A first
-layer with real inputs takes whole numbers p for scale * p + offset; one with signs takes the signs of what `infer` gets.
+The model is an `nn.Sequential` of binary layers (`quantize.binary`) with BatchNorm and max-pooling between them. A
+first layer with real inputs takes whole numbers p for scale * p + offset; one with signs takes the signs of what
+`infer` gets.
 
 Paper: Riazi et al., "XONN: XNOR-based Oblivious Deep Neural Network Inference", 2019 (arXiv 1902.07342).
 """
