@@ -38,7 +38,7 @@ GOOD = {"plain": {}, "wide": {}, "whole": {}}
 )
 def test_the_rule(changed, rival_ands, rival_s, holds):
     found = {name: one(**changed.get(name, {})) for name in GOOD}
-    rival, summed = Rival(rival_ands, rival_s, {"accuracy_percent": 95.0}), Rival(10, 0.1, {})
+    rival, summed = Rival(0, TABLE_BYTES * rival_ands, rival_s, {"accuracy_percent": 95.0}), Rival(1, 1, 0.1, {})
     seen = xonn.evidence(found, [95.0, 95.2, 94.8], 1e-4, rival, summed, xonn.EFFORT, 0, 0.0)
     assert seen.holds is holds
     assert len(seen.rows) == 7
@@ -60,7 +60,7 @@ def test_the_rival_computes_what_it_says(seed):
     width = 16 + 3  # of a sum of five products
     expected = np.maximum(total, 0) >> (width - 9)
     assert np.array_equal((found * (1 << np.arange(8))[:, None]).sum(0), expected)
-    assert circuit.gates.ands > 5 * 3 * 104
+    assert circuit.gates.ands > 5 * 3 * 104 > _fixed_point.known_products(5, 3) == 5 * 3 * 56
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -28,6 +28,11 @@ def dense(inputs: int, neurons: int) -> Circuit:
     return build.done(np.stack([build.conjunction(bit, positive) for bit in total[-1 - BITS : -1]]))
 
 
+def known_products(inputs: int, neurons: int) -> int:
+    """How many ANDs of `dense` have a factor that the garbler knows: half a table would do for these."""
+    return inputs * neurons * BITS * MAGNITUDE
+
+
 def signed_sum(inputs: int, neurons: int) -> Circuit:
     """sum_k w_k x_k >= 0 for inputs of 8 bits and secret weights +1 and -1: no conditional addition before."""
     build = Builder(inputs * BITS)
