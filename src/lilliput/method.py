@@ -207,13 +207,16 @@ class Decoder(Settings):
 
 @dataclass(frozen=True)
 class Guard(Settings):
-    """Stands around a model at run time: what it gives is called as the model is, and answers in its place."""
+    """Stands around a model at run time and answers in its place."""
 
     facts: ClassVar[Facts]
     paper: ClassVar[str] = ""  # slug of the paper this implements, if any
 
-    def wrap(self, model: nn.Module, workload: Workload) -> nn.Module:
-        """The guarded model; it shares the weights of `model`. Raises UserError for a model that it does not fit."""
+    def wrap(self, model: nn.Module, workload: Workload) -> Any:
+        """A module that is called as the model is and shares its weights, or a server of it for other processes.
+
+        Raises UserError for a model that it does not fit, and for too little data; it never sees the test split.
+        """
         raise NotImplementedError
 
 

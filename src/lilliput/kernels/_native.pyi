@@ -113,6 +113,23 @@ def lookup_linear_unpack(packed: int, stored: int, rows: int, columns: int, grou
 def lookup_linear(
     x: int, codes: int, grid: int, y: int, tokens: int, rows: int, columns: int, group: int, bits: int, threads: int
 ) -> None: ...
+def garbling_hardware_cipher() -> bool: ...
+def garbling_encrypt(key: int, x: int, y: int, blocks: int) -> None: ...
+def garbling_hash(key: int, x: int, y: int, blocks: int, tweak: int) -> None: ...
+def garbling_garble(
+    key: int,
+    gates: tuple[int, int, int, int],
+    first: int,
+    last: int,
+    bits: int,
+    delta: int,
+    labels: int,
+    tweak: int,
+    tables: int,
+) -> None: ...
+def garbling_evaluate(
+    key: int, gates: tuple[int, int, int, int], first: int, last: int, labels: int, tweak: int, tables: int
+) -> None: ...
 
 class Decoder:
     def __init__(self, width: int, norm: tuple[int, float, float], head: tuple[list[tuple], int]) -> None: ...

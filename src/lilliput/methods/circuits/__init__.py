@@ -1,4 +1,6 @@
-"""Networks as circuits: a fitted model becomes Verilog for an FPGA and C++, `target.emit(model, workload)`.
+"""Networks as circuits: what a network costs, or what it can hide, as gates.
+
+A fitted model becomes Verilog for an FPGA and C++:
 
 from lilliput.methods.circuits import Streaming
 
