@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lilliput.anatomy import anatomy, linear_parts
 from lilliput.errors import UserError
+from lilliput.method import Guard
 from lilliput.workload import Batch, Workload
 
 FEWEST = 40  # harmless examples from which a threshold can be set
@@ -38,6 +40,15 @@ class GuardedModel(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.inspect(input).logits
+
+
+@dataclass(frozen=True)
+class Detector(Guard):
+    """A guard that says what it doubts."""
+
+    def wrap(self, model: nn.Module, workload: Workload) -> GuardedModel:
+        """A module around `model`, which stays as it is. Raises UserError for a model or data that it does not fit."""
+        raise NotImplementedError
 
 
 def answered(model: nn.Module, x: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from lilliput.anatomy import anatomy, convolutions
 from lilliput.errors import UserError
 from lilliput.hooks import evaluating
-from lilliput.method import Guard, knob
+from lilliput.method import knob
 from lilliput.methods.defend._dictionary import learned_atoms, pieces, sparsely
-from lilliput.methods.defend._guarded import FEWEST, GuardedModel, Seen, answered, gathered, linear_head, pictures_of
+from lilliput.methods.defend._guarded import FEWEST, Detector, GuardedModel, Seen, answered, gathered, linear_head, pictures_of
 from lilliput.training import train
 from lilliput.workload import Batch, Workload
 
@@ -362,7 +362,7 @@ class Redundant(GuardedModel):
 
 
 @dataclass(frozen=True)
-class Redundancy(Guard):
+class Redundancy(Detector):
     """What guards by modular redundancy are set by."""
 
     latent: int = knob(2, low=0, high=16, help="modules that look at features of trained copies of the model")

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from lilliput.hooks import evaluating
-from lilliput.method import UNLABELLED, Facts, Guard, knob
+from lilliput.method import UNLABELLED, Facts, knob
 from lilliput.methods.audit._pictures import cosines
 from lilliput.methods.defend._dictionary import assembled, learned_atoms, pieces, rebuilt, sparse_codes
 from lilliput.methods.defend._guarded import (
+    Detector,
     GuardedModel,
     Seen,
     answered,
@@ -165,7 +166,7 @@ class CleannModel(GuardedModel):
 
 
 @dataclass(frozen=True)
-class Cleann(Guard):
+class Cleann(Detector):
     """Clean pictures and features of what sparse codes of harmless data do not explain, and answer what is left."""
 
     patch: int = knob(4, low=2, high=64, help="side of a piece in pixels")
