@@ -29,7 +29,16 @@ from lilliput.errors import UserError
 from lilliput.hooks import evaluating
 from lilliput.method import knob
 from lilliput.methods.defend._dictionary import learned_atoms, pieces, sparsely
-from lilliput.methods.defend._guarded import FEWEST, Detector, GuardedModel, Seen, answered, gathered, linear_head, pictures_of
+from lilliput.methods.defend._guarded import (
+    FEWEST,
+    Detector,
+    GuardedModel,
+    Seen,
+    answered,
+    gathered,
+    linear_head,
+    pictures_of,
+)
 from lilliput.training import train
 from lilliput.workload import Batch, Workload
 
