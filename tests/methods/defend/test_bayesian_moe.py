@@ -294,7 +294,7 @@ def test_more_data_leaves_less_doubt(work):
 
 
 def test_wrong_models_and_data_are_named(cnn_work, llama_work, work):
-    with pytest.raises(UserError, match=r"guard\.bayesian_moe works on transformer blocks"):
+    with pytest.raises(UserError, match=r"defend\.bayesian_moe works on transformer blocks"):
         BayesianMoe().wrap(cnn_work.model, cnn_work)
     with pytest.raises(UserError, match="AnswerTokens"):
         BayesianMoe().wrap(llama_work.model, llama_work)

@@ -326,9 +326,6 @@ def pushed(module: LatentModule, x: Tensor, classes: Tensor) -> Tensor:
     return x + PUSH * x.std() * slope.sign()
 
 
-# --- all together ----------------------------------------------------------------------------------------------
-
-
 class Redundant(GuardedModel):
     """A model and the modules beside it; its answers are the model's."""
 
