@@ -46,11 +46,11 @@ def _height(panel: Sequence[Bar]) -> int:
 def _panel(title: str, panel: Sequence[Bar], scale: float) -> str:
     found = [f'<text class="title" x="{LEFT}" y="18">{escape(title)}</text>']
     for i, bar in enumerate(panel):
-        y = TOP + i * LINE + bar.group * GAP
+        y, colour = TOP + i * LINE + bar.group * GAP, COLOURS[bar.group % len(COLOURS)]
         low, end, high = (LEFT + scale * x for x in (bar.low, bar.value, bar.high))
         found.append(
             f'<text x="{LEFT - 8}" y="{y + 11}" text-anchor="end">{escape(bar.name)}</text>'
-            f'<rect x="{LEFT}" y="{y}" width="{end - LEFT:.1f}" height="13" fill="{COLOURS[bar.group % len(COLOURS)]}"/>'
+            f'<rect x="{LEFT}" y="{y}" width="{end - LEFT:.1f}" height="13" fill="{colour}"/>'
             f'<path d="M{low:.1f} {y + 6.5}H{high:.1f}" stroke="#000"/>'
             f'<text x="{high + 6:.1f}" y="{y + 11}">{bar.value:.0f}</text>'
         )

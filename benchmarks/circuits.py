@@ -1,4 +1,4 @@
-"""Circuits of binary networks: cycles from simulation, cells from synthesis, errors against PyTorch, at several foldings.
+"""Circuits of binary networks: cycles from simulation, cells from synthesis, errors against PyTorch, in several foldings
 
     python benchmarks/circuits.py         # writes results/circuits.streaming.csv, about ten minutes
 
@@ -50,7 +50,9 @@ def rows_of(name: str, seed: int) -> list[dict[str, Any]]:
         q = design.net.read(x)
         answers = design.net(q).argmax(1)
         measured = hardware(design, q[:frames], Fpga.load(CHIP))
-        rows.append(accuracies(name, found, answers, labels, answers_of(found.network, x)) | {"cycles": cycles, **measured})
+        rows.append(
+            accuracies(name, found, answers, labels, answers_of(found.network, x)) | {"cycles": cycles, **measured}
+        )
         print(rows[-1])
     return rows
 

@@ -3,6 +3,7 @@
 import importlib
 import math
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,7 +130,7 @@ def test_every_case_has_a_plain_rival_and_a_name_of_its_own(train):
 
 def test_names_do_not_overlap_and_stay_near(chart):
     places = chart.apart([0.0, 1.0, 2.0, 100.0, 249.0])
-    assert all(b - a >= chart.LINE_HEIGHT for a, b in zip(places, places[1:]))
+    assert all(b - a >= chart.LINE_HEIGHT for a, b in pairwise(places))
     assert places[0] == 0.0
     assert places[3] == 100.0
     assert chart.apart([]) == []

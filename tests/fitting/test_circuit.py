@@ -126,7 +126,7 @@ def test_what_cannot_be_asked(work, budget, options, words, tmp_path, monkeypatc
 def test_a_net_that_is_no_chain_is_refused_by_its_name(cnn_work, tmp_path, monkeypatch):
     monkeypatch.setattr(circuit, "TABLES", ((16, 16),))
     monkeypatch.setattr(circuit, "LEVELS", (1,))
-    with pytest.raises(lp.UserError, match="no circuit can be made of 'tiny-cnn'; .*the model is a TinyCnn"):
+    with pytest.raises(lp.UserError, match=r"no circuit can be made of 'tiny-cnn'; .*the model is a TinyCnn"):
         lp.fit(cnn_work, "luts<=100", device="ice40-up5k", minutes=0.01, out=tmp_path / "run", quiet=True)
 
 

@@ -19,7 +19,12 @@ SCALE = codex.Scale(steps=30, retrain_steps=5, rounds=1, test=64, seeds=2, frame
 
 def made_up(codes=(90.0, 90.2), share=0.2, cycles=100.0, wrong=0.0):
     table = Table()
-    accuracies = {codex.FLOAT: (90.0, 90.5), codex.CODES: codes, codex.UNIFORM: (88.0, 88.1), codex.WEIGHTS: (90.0, 90.0)}
+    accuracies = {
+        codex.FLOAT: (90.0, 90.5),
+        codex.CODES: codes,
+        codex.UNIFORM: (88.0, 88.1),
+        codex.WEIGHTS: (90.0, 90.0),
+    }
     for name, values in accuracies.items():
         for value in values:
             table.add(name, "accuracy_percent", value)
@@ -82,7 +87,9 @@ def test_hardware_is_measured(small):
     assert found["wrong_scores"] == found["multipliers"] == 0
     assert found["frames_simulated"] >= 2
     assert found["cycles_per_frame"] <= found["latency_cycles"]
-    assert found["chip_share"] == pytest.approx(max(found["luts"] / 5280, found["flip_flops"] / 5280, found["block_rams"] / 30))
+    assert found["chip_share"] == pytest.approx(
+        max(found["luts"] / 5280, found["flip_flops"] / 5280, found["block_rams"] / 30)
+    )
 
 
 def test_what_is_missing_is_said_before_any_training(monkeypatch):

@@ -132,7 +132,9 @@ def fit_circuit(workload: Workload, budget: Budget, chip: Fpga, o: Options) -> F
 
 def _check(budget: Budget, chip: Fpga, o: Options) -> float:
     """The clock, hertz. Raises UserError for what a circuit is not measured by, before any work."""
-    wrong = sorted(NAME_OF_KEY[k] for k in {*budget.limits, *budget.relative} if k not in LIMITED or k in budget.relative)
+    wrong = sorted(
+        NAME_OF_KEY[k] for k in {*budget.limits, *budget.relative} if k not in LIMITED or k in budget.relative
+    )
     if wrong:
         names = ", ".join(NAME_OF_KEY[k] for k in LIMITED)
         raise UserError(f"the budget limits {wrong[0]}; for {chip.name} it can limit, in absolute numbers: {names}")
@@ -175,7 +177,10 @@ def _candidates(
 
 def _plans(workload: Workload, o: Options) -> Iterator[tuple[str, Plan]]:
     for weights, inputs in TABLES:
-        yield f"tables of {weights} weights, {inputs} inputs", Plan([Step(LookupTables(weights=weights, inputs=inputs))])
+        yield (
+            f"tables of {weights} weights, {inputs} inputs",
+            Plan([Step(LookupTables(weights=weights, inputs=inputs))]),
+        )
     if workload.training is None:
         return
     steps = _affordable_steps(workload, TRAINING * o.minutes * 60 / len(LEVELS))
@@ -246,7 +251,12 @@ def _verified(
         found = {"frames_simulated": len(frames), "cycles_per_frame": seen.interval_cycles}
     measured = {"luts": float(used.luts), "latency_ms": 1e3 * cycles / clock_hz}
     measured["drop"] = workload.metric.drop(*scores)
-    return measured, found | {"latency_cycles": cycles, "cycles_by": how, "score_before": scores[0], "score_after": scores[1]}
+    return measured, found | {
+        "latency_cycles": cycles,
+        "cycles_by": how,
+        "score_before": scores[0],
+        "score_after": scores[1],
+    }
 
 
 def _simulator() -> bool:

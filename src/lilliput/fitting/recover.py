@@ -119,9 +119,7 @@ def all_cores() -> Iterator[None]:
 RECOVERIES = {"making good the rounding": compensate, "recovering by distillation": recover}  # the short one first
 
 
-def recovered(
-    job: Job, plan: Plan, damage: float, seconds_left: Callable[[], float]
-) -> tuple[Plan, nn.Module | None]:
+def recovered(job: Job, plan: Plan, damage: float, seconds_left: Callable[[], float]) -> tuple[Plan, nn.Module | None]:
     """What became of a plan with some damage, and its model when one of the recoveries made it better."""
     model = None
     for text, attempt in RECOVERIES.items():

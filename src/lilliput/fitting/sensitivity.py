@@ -31,6 +31,7 @@ from lilliput.workload import Batch, Workload
 
 ROWS = 128  # of a layer that roundings are judged on
 
+
 @dataclass
 class Trace:
     """What one module saw: inputs (rows, ...), outputs and squared gradients of the summed loss at the outputs."""

@@ -66,7 +66,7 @@ def wants_drafts(job: Job) -> bool:
 
 
 def may_use_policies(job: Job) -> bool:
-    """Whether a smaller cache is looked at: the memory of a context is limited, and a loss of perplexity can be told."""
+    """Whether a smaller cache is looked at: the memory of a context is limited, and a loss of perplexity can be seen."""
     able = job.options.serve and job.runtime.keeps_text and job.device.measured and bool(job.workload.source)
     judged = job.workload.metric.name == "perplexity"
     return able and judged and job.options.context is not None and "memory_bytes" in job.budget.limits
@@ -175,7 +175,7 @@ class Trial:
             yield from (Sliding(budget=budget), H2O(budget=budget), RoCo(budget=budget))
 
     def _beside(self, rows: list[dict[str, Any]]) -> float:
-        """Bytes beside a policy's cache, as measured with this plan, or by what the typical one left of the original."""
+        """Bytes beside a policy's cache, as measured with this plan, or by what the usual one left of the original."""
         seen = [row for row in rows if row["serving"] and "cache_bytes" in row]
         if seen:
             return max(row["measured"]["memory_bytes"] - row["cache_bytes"] for row in seen)

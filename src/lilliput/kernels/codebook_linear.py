@@ -96,10 +96,8 @@ def unpack(
     return stored, blocks.transpose(1, 2).reshape(-1, columns // group)[:rows], kept
 
 
-def looked_up(
-    ids: Tensor, codes: Tensor, scale: Tensor, tables: Tensor, columns: int, group: int, bits: int
-) -> Tensor:
-    """Rows `ids` (n,) of the weights in the layout of `pack`, (n, columns) float32, in plain torch; no other is read."""
+def looked_up(ids: Tensor, codes: Tensor, scale: Tensor, tables: Tensor, columns: int, group: int, bits: int) -> Tensor:
+    """Rows `ids` (n,) of the weights in the layout of `pack`, (n, columns) float32, in plain torch; others are not."""
     index = _indices(codes, ids, columns, bits)
     shared = tables.numel() == TABLE
     table = torch.zeros_like(ids) if shared else ids // rows_per_table(bits)

@@ -114,7 +114,7 @@ def callbacks_of(switches: Iterable[str]) -> list[Callback]:
     return [SequentialFreezing(around_cores)] if "freezing" in switches else []
 
 
-def wrap_cores(model: nn.Module) -> list[list[str]]:
+def around_cores(model: nn.Module) -> list[list[str]]:
     """Every 1x1 weight beside a core: the outer factors, or, after merging, the layers they were multiplied into."""
     outer = [f"{name}.{i}.weight" for name in factored_layers(model) for i in (0, 2)]
     blocks = [n.removesuffix(".conv2") for n, m in model.named_modules() if n.endswith(".conv2") and is_merged(m)]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lilliput.methods.experts.upcycle import COPY, Upcycle
 from lilliput.methods.defend._expert_tokens import sites_of
 from lilliput.methods.defend.bayesian_moe import AnswerTokens, BayesianMoe, best_by_likelihood
+from lilliput.methods.experts.upcycle import COPY, Upcycle
 from lilliput.metrics.intervals import ranking_area
 from lilliput.metrics.latency import measure
 from lilliput.metrics.quality import calibration_error

@@ -28,7 +28,7 @@ paper = Paper(
     year=2019,
     arxiv="1901.05582",
     claim="Weights and activations stored as codes of a few bits, entries of k-means codebooks, lose little accuracy "
-    "after fine-tuning and let a whole network stream from the memory of an FPGA: 4.65 times the throughput of a design "
+    "after fine-tuning and let a whole network stream from the memory of an FPGA: 4.65 times the throughput of one "
     "that encodes weights alone.",
     methods=("circuits.streaming", "quantize.lookup_tables"),
 )
@@ -114,7 +114,9 @@ def one_network(table: Table, scale: Scale, seed: int) -> dict[str, Design]:
         answers = design.net(design.net.read(x)).argmax(1)
         table.add(name, "accuracy_percent", 100 * float((answers == labels).float().mean()))
         with torch.inference_mode():
-            table.add(name, "same_answers_as_float_sums_percent", 100 * float((answers == coded(x).argmax(1)).float().mean()))
+            table.add(
+                name, "same_answers_as_float_sums_percent", 100 * float((answers == coded(x).argmax(1)).float().mean())
+            )
         designs[name] = design
     return designs
 
@@ -176,13 +178,13 @@ def evidence(table: Table, scale: Scale, seed: int) -> Evidence:
     return Evidence(
         setup=f"Conv-4 (8 and 16 channels, 16 hidden) on Fashion-MNIST, {scale.steps} steps of 64 pictures, "
         f"{scale.rounds} rounds of {scale.retrain_steps} under codes, {scale.test} test pictures, seeds {seed} to "
-        f"{seed + scale.seeds - 1}; circuits of seed {seed} for {CHIP} without its multipliers, Yosys, before placement",
+        f"{seed + scale.seeds - 1}; circuits of seed {seed} for {CHIP} without its multipliers, Yosys, not placed",
         rows=list(rows.values()),
         holds=bool(fine and gain >= GAIN and wrong == 0),
         figure=f"4-bit codes are {said(ahead(FLOAT), 2)} points from float32, {better} 4-bit uniform "
         f"({said(ahead(UNIFORM), 2)}); a chip gives {gain:.2f} times the frames of encoded weights alone; "
         f"{wrong:.0f} wrong scores",
-        limits="One small network; the paper's 4.65 times are for large ones on large chips. Frames a second are taken as "
-        "inverse to the share of the scarcest resource at equal cycles and clock; nothing was placed and no clock was "
+        limits="One small network; the paper's 4.65 times are for large ones on large chips. Frames a second are taken "
+        "as inverse to the share of the scarcest resource at equal cycles and clock; nothing was placed and no clock was "
         "proved. The search for bits is left out: all layers have 4. Fine-tuning under codes is reconstructed.",
     )

