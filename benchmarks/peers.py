@@ -6,9 +6,9 @@
 
 Every engine is a process of its own. In each round all of them, in turn, decode the same number of tokens after the
 same prompt and read the same long prompt, each alone; a figure is the median over rounds with its interquartile range.
-A peer that is not installed is left out, and the output says so. Engines with OpenMP wait actively for some tens of
+A peer that is not installed is left out, and the output says so. Peers with OpenMP wait actively for some tens of
 milliseconds: by default their threads may fall asleep between two steps, and llama.cpp on two threads then decodes
-several times slower than on one.
+several times slower than on one. Ours has threads of its own, which those of OpenMP would only disturb.
 """
 
 from __future__ import annotations
@@ -161,13 +161,13 @@ def _installed(module: str) -> bool:
 
 def _python(engine: str, model: str, form: str, path: str = "") -> Contender:
     command = [sys.executable, str(HERE / "_peer_workers.py"), engine, model, path or form]
-    return Contender(engine, form, _start(command, None), {})
+    return Contender(engine, form, _start(command, None, engine != "lilliput"), {})
 
 
-def _start(command: list[str], folder: Path | None) -> subprocess.Popen:
-    quiet = {**os.environ, "TQDM_DISABLE": "1", "GOMP_SPINCOUNT": str(SPINS)}
+def _start(command: list[str], folder: Path | None, spins: bool = False) -> subprocess.Popen:
+    given = {**os.environ, "TQDM_DISABLE": "1"} | ({"GOMP_SPINCOUNT": str(SPINS)} if spins else {})
     return subprocess.Popen(
-        command, cwd=folder, env=quiet, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        command, cwd=folder, env=given, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )
 
 
