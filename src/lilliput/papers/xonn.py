@@ -164,6 +164,7 @@ def elsewhere(server: Server) -> Iterator[Address]:
     process = context.Process(target=_serve, args=(server, theirs), daemon=True)
     process.start()
     try:
+        theirs.close()  # or its end would not be seen here
         if not ours.poll(120):
             raise UserError("the server's process did not start within 120 s; use a machine with less other work")
         yield ours.recv()
