@@ -1,4 +1,4 @@
-"""Circuits of binary networks: cycles from simulation, cells from synthesis, errors against PyTorch, in several foldings
+"""Circuits of binary networks: cycles from simulation, cells from synthesis, errors against PyTorch, by folding.
 
     python benchmarks/circuits.py         # writes results/circuits.streaming.csv, about ten minutes
 

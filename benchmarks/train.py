@@ -151,7 +151,7 @@ def rows_of(case: Case, seed: int, rate: float, seconds: float) -> list[Row]:
 
 def picture(rows: list[Row]) -> str:
     """Score against seconds and against samples, a row of panels for each task."""
-    tasks = list(dict.fromkeys(case.task for case in CASES if of_case(rows, case)))
+    tasks = {case.task.name: case.task for case in CASES if of_case(rows, case)}.values()
     axes = {"seconds": "seconds, everything included", "samples": "samples learned from"}
     return chart([panel(rows, task, axis, words) for task in tasks for axis, words in axes.items()], len(axes))
 

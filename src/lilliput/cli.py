@@ -64,9 +64,7 @@ def fit(
     budget: Annotated[str, typer.Option(help="Limits, e.g. 'memory<=300MB, time_per_token<=15ms'.")] = DEFAULT_BUDGET,
     time_limit: Annotated[str, typer.Option(help="For the whole fit: 10m, 90s, 1h.")] = "8m",
     data: Annotated[Path | None, typer.Option(help="Your text: a .txt file or a folder of them.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Fit for another device (modelled) or an FPGA; see `lilliput devices`.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="Another (modelled) or an FPGA: `lilliput devices`.")] = None,
     runtime: Annotated[str | None, typer.Option(help="What executes the model; default: the fastest.")] = None,
     families: Annotated[str, typer.Option(help="Comma-separated: quantize, prune, factorize.")] = "quantize,prune",
     sampler: Annotated[str, typer.Option(help="genecai, ascai, random, tpe or nsga2.")] = "genecai",

@@ -15,7 +15,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from importlib.metadata import entry_points
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lilliput.errors import UserError
@@ -109,6 +109,8 @@ class Settings:
             limits.check(name, value, owner)
             if type(defaults.get(name)) is int and not isinstance(value, Integral):
                 raise UserError(f"{owner}.{name} is {value!r}; give a whole number")
+            if type(defaults.get(name)) is float and not (isinstance(value, Real) and math.isfinite(value)):
+                raise UserError(f"{owner}.{name} is {value!r}; give a number")
 
     @classmethod
     def name(cls) -> str:

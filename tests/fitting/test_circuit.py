@@ -50,7 +50,7 @@ def test_a_chain_is_fitted_into_a_chip(work, tmp_path, monkeypatch):
     measured = fitted.record["measured"]
     assert measured["latency_ms"] <= 0.02
     assert measured["latency_ms"] == pytest.approx(fitted.record["latency_cycles"] / 12e3)
-    assert measured["luts"] == fitted.design.synthesize("ice40").luts <= 3000
+    assert measured["luts"] == fitted.design.synthesize("ice40", multipliers=False).luts <= 3000
     assert fitted.record["score_before"] > 90
     again = lp.load(tmp_path / "run" / "fitted")
     x = work.test[0]["input"]
@@ -81,7 +81,7 @@ class Silent:
         ("luts<=5000", "accurate"),
         ("luts<=1500", "small"),
         ("luts<=500, drop<=2%", "small"),  # none meets it: the nearest
-        ("luts<=1500, drop<=1%", "small"),
+        ("luts<=1500, drop<=1%", "accurate"),  # a third too many tables, against twice the drop
         ("luts<=100000", "accurate"),
     ],
 )

@@ -226,17 +226,18 @@ def test_too_little_time_leaves_the_search_as_it_was(job):
 def test_the_better_after_recovery_comes_first(student_damage, first):
     in_place = {"name": "joint", "measured": {"size_bytes": 50.0}, "damage": 0.9, "recovered": {"damage": 0.5}}
     taught_one = {"name": "student", "measured": {"size_bytes": 50.0}, "damage": student_damage}
-    found = SimpleNamespace(budget=Budget("size<=100B"), run=SimpleNamespace(candidates=lambda: [in_place, taught_one]))
+    run = SimpleNamespace(candidates=lambda: [in_place, taught_one])
+    found = SimpleNamespace(budget=Budget("size<=100B"), served=[], run=run)
     assert Job._by_quality(found)[0]["name"] == first
 
 
 def test_a_fit_under_a_strong_budget_says_what_became_of_both(llama_work, tmp_path, monkeypatch):
     monkeypatch.setattr(student, "SHORTEST_S", 0.2)
-    fitted = lp.fit(llama_work, "size<=11%", minutes=0.3, trials=20, threads=1, quiet=True, out=tmp_path / "run")
+    fitted = lp.fit(llama_work, "size<=11%", minutes=0.5, trials=12, threads=1, quiet=True, out=tmp_path / "run")
     found = [c for c in fitted.record["candidates"] if "recovered" in c]
     assert {"student, narrower"} < {c["name"] for c in found}
     assert fitted.met, fitted.summary()
     assert "After equal time of recovery" in (tmp_path / "run" / "report.html").read_text()
     again = lp.load(tmp_path / "run" / "fitted")
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), fitted.model.state_dict().values()))
-    assert sum(fitted.record["seconds"].values()) < 0.3 * 60 + 10
+    assert sum(fitted.record["seconds"].values()) < 0.5 * 60 + 10

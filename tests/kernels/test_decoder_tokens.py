@@ -62,7 +62,7 @@ def test_the_native_decoder_is_its_steps_one_by_one(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_another_token_comes_only_where_two_are_as_good(name):
     """At the first token that differs the two lie closer, in the reference, than the noise between the paths on the
-    same text before it; and that noise is no larger than the reference's own when last bits of its activations change."""
+    same text before it; and it is no larger than the reference's own when last bits of its activations change."""
     model = MODELS[name]()
     native, reference, jittered = Decoder(model), Reference(model), Jittered(model)
     between, own = [], []

@@ -83,8 +83,9 @@ def test_the_perceptron_can_be_asked_in_secret(whole):
     assert shape.bits == 8 * whole
     server = SecretInputs(scale=1 / 128, offset=-1.0).server(model, (196,))
     inputs = p.numpy() if whole else xonn.seen(p, True).numpy()
-    with torch.no_grad():
-        assert server.plain(inputs).tolist() == model(xonn.seen(p, not whole)).argmax(-1).tolist()
+    with torch.no_grad():  # whole numbers have ties, which rounding in float32 breaks in its own way
+        expected = model.double()(xonn.seen(p, not whole).double()).argmax(-1)
+    assert server.plain(inputs).tolist() == expected.tolist()
 
 
 def test_the_float_network_has_the_same_widths():

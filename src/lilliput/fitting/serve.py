@@ -66,7 +66,7 @@ def wants_drafts(job: Job) -> bool:
 
 
 def may_use_policies(job: Job) -> bool:
-    """Whether a smaller cache is looked at: the memory of a context is limited, and a loss of perplexity can be seen."""
+    """Whether a smaller cache is looked at: the memory of a context is limited, and lost perplexity can be seen."""
     able = job.options.serve and job.runtime.keeps_text and job.device.measured and bool(job.workload.source)
     judged = job.workload.metric.name == "perplexity"
     return able and judged and job.options.context is not None and "memory_bytes" in job.budget.limits

@@ -148,7 +148,7 @@ def faint_patch(benign: Pictures, others: Pictures) -> Trigger:
     def patch(level: int) -> Callable[[Tensor], Tensor]:
         return lambda pixels: lightened(pixels, level)
 
-    low, high = 1, 255
+    low, high = 0, 255  # at level 0 nothing changes
     while low < high:
         middle = (low + high + 1) // 2
         with torch.inference_mode():

@@ -185,6 +185,6 @@ def evidence(table: Table, scale: Scale, seed: int) -> Evidence:
         f"({said(ahead(UNIFORM), 2)}); a chip gives {gain:.2f} times the frames of encoded weights alone; "
         f"{wrong:.0f} wrong scores",
         limits="One small network; the paper's 4.65 times are for large ones on large chips. Frames a second are taken "
-        "as inverse to the share of the scarcest resource at equal cycles and clock; nothing was placed and no clock was "
+        "as inverse to the share of the scarcest resource at equal cycles and clock; nothing was placed, no clock "
         "proved. The search for bits is left out: all layers have 4. Fine-tuning under codes is reconstructed.",
     )

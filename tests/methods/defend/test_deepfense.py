@@ -82,7 +82,7 @@ def test_training_brings_features_to_their_centres(bars):
         settings = SMALL.with_(steps=100, gamma=gamma)
         (module,) = core.latent_modules(bars.model, ["head"], "head", examples, settings)
         ratios.append(overlap(module.features(examples.inputs), examples.labels))
-    assert ratios[1] < 0.7 * ratios[0]
+    assert ratios[1] < 0.9 * ratios[0]
 
 
 def test_later_modules_see_pictures_pushed_against_the_one_before(guarded, test_pictures):

@@ -139,8 +139,8 @@ def test_sinkhorn_tends_to_the_exact_coupling_and_to_none():
 def test_sinkhorn_stops_when_rows_sum_well_enough(monkeypatch):
     cost = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)).double()
     found = {rounds: sinkhorn(cost, 0.1, rounds) for rounds in (1, 2, 5000)}
-    monkeypatch.setattr("lilliput.methods.initialize._coupling.TOLERANCE", 0.6)
-    assert float((6 * found[1].sum(1) - 1).abs().max()) < 0.6
+    monkeypatch.setattr("lilliput.methods.initialize._coupling.TOLERANCE", 1.2)
+    assert float((6 * found[1].sum(1) - 1).abs().max()) < 1.2
     assert torch.equal(sinkhorn(cost, 0.1), found[1])
     assert not torch.equal(found[2], found[1])
 

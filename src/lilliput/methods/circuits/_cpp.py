@@ -37,8 +37,8 @@ void by_steps(const int32_t* sums, const int32_t* thresholds, const uint8_t* fal
   for (int i = 0; i < PLACES; ++i)
     for (int n = 0; n < N; ++n) {{
       int reached = 0;
-      for (int j = 0; j < J; ++j) reached += (sums[i * N + n] >= thresholds[n * J + j]) != (falling[n] != 0);
-      out[i * N + n] = codes[reached];
+      for (int j = 0; j < J; ++j) reached += sums[i * N + n] >= thresholds[n * J + j] ? 1 : 0;
+      out[i * N + n] = codes[falling[n] ? J - reached : reached];
     }}
 }}
 
