@@ -314,8 +314,8 @@ def evidence(found: BySeed, times: dict[str, dict[str, float]], effort: Effort, 
         setup=f"10,000 digits of MNIST, half with a white corner; two convolutions on the device, two linear layers "
         f"(1568-64-2) on the server, {effort.pictures} pictures and {effort.steps} steps; adversaries with and "
         f"without a hidden layer on {effort.pictures} other pictures, {effort.attack_steps} steps; "
-        f"{effort.test_pictures} test pictures, {effort.seeds} seeds from {1000 * seed}; {torch.get_num_threads()} threads, "
-        "CPU, loopback socket",
+        f"{effort.test_pictures} test pictures, {effort.seeds} seeds from {1000 * seed}; "
+        f"{torch.get_num_threads()} threads, CPU, loopback socket",
         rows=found.rows() + [Row(name, values) for name, values in times.items()],
         holds=judge(lost, gains),
         figure=f"digit named for {found.mean(OURS, key):.0f} % (all features {found.mean(RAW, key):.0f} %, by chance, "

@@ -127,8 +127,8 @@ def evidence(
         f"{cost[2]:.2f} and {cost[3]:.2f} times the time of M=1{_area(circuits)}",
         limits="A multi-layer perceptron, briefly trained, on pictures of mean 0 and deviation 1 (not -1..1); the rule "
         "is on the time on a CPU. The circuits count all planes at once, so their area grows where the paper's "
-        "throughput falls; they were synthesised, not placed. Coefficients of one level are fixed: the layer's scale is "
-        "the same factor.",
+        "throughput falls; they were synthesised, not placed. Coefficients of one level are fixed: the layer's scale "
+        "is the same factor.",
     )
 
 
