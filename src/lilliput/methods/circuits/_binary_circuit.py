@@ -10,6 +10,7 @@ Paper: Riazi, Samragh, Chen, Laine, Lauter & Koushanfar, "XONN", 2019 (arXiv 190
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class BinaryCircuit:
         bits, places = self.shape.share_bits, layer.picture[0] * layer.picture[1]
         ours = wires.reshape(bits, layer.filters, places)
         theirs = self._build.flip(ZERO, self._slot("share", 0, bits, layer.filters, places))
-        carry: Wires = ZERO
+        carry: Any = ZERO
         for a, b in zip(ours[:-1], theirs[:-1]):
             carry = self._build.carry(a, b, carry)
         top = self._build.xor(self._build.xor(ours[-1], theirs[-1]), carry)

@@ -11,13 +11,13 @@ subtracted or multiplied.
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Const, Module, Mux, Signal, Value, signed, unsigned
+from amaranth.hdl import Cat, Const, Module, Mux, Signal, signed, unsigned
 from amaranth.lib import memory, wiring
 
 from lilliput.methods.circuits._fold import Folded
 from lilliput.methods.circuits._net import Scale, Steps
 from lilliput.methods.circuits._parts import counters, flow, later, lookup, rom, slices, times, tree
-from lilliput.methods.circuits._words import joined, signed_bits
+from lilliput.methods.circuits._words import Circuit, Value, joined, signed_bits
 
 
 class Engine(wiring.Component):
@@ -29,7 +29,7 @@ class Engine(wiring.Component):
         super().__init__(flow(folded.lanes * self.product.bits, folded.units * folded.out_bits))
 
     def elaborate(self, platform: object) -> Module:
-        m = Module()
+        m: Circuit = Module()
         step = Signal()
         m.d.comb += step.eq(~self.o.valid | self.o.ready)
         codes, weights, at = self._read(m, step)
@@ -39,7 +39,7 @@ class Engine(wiring.Component):
 
     # --- frames ------------------------------------------------------------------------------------------------
 
-    def _read(self, m: Module, step: Value) -> tuple[Value, Value, dict[str, Value]]:
+    def _read(self, m: Circuit, step: Value) -> tuple[Value, Value, dict[str, Value]]:
         """A word of codes and the word of weights for it in each cycle, and what they belong to."""
         f = self.folded
         halves = 2 * 2 ** sum(_bits(n) for n in f.words)
@@ -62,7 +62,7 @@ class Engine(wiring.Component):
         at = {"valid": issue, "first": first, "last": ends[2], "inside": inside_x & inside_y, "group": group}
         return read.data, weights, later(m, step, at)
 
-    def _fill(self, m: Module, write: memory.WritePort, filled: Value) -> None:
+    def _fill(self, m: Circuit, write: memory.WritePort, filled: Value) -> None:
         """Words that arrive go to the half that is not read."""
         filling, take = Signal(), Signal()
         m.d.comb += [
@@ -74,7 +74,7 @@ class Engine(wiring.Component):
         with m.If(take & ends[-1]):
             m.d.sync += [filled.bit_select(filling, 1).eq(1), filling.eq(~filling)]
 
-    def _place(self, m: Module, position: Value, tap: Value, size: int) -> tuple[Value, Value]:
+    def _place(self, m: Circuit, position: Value, tap: Value, size: int) -> tuple[Value, Value]:
         """Where in the frame a tap of the window at a position lies, and whether that is inside."""
         stride, padding = self.product.stride, self.product.padding
         if size == 1 and not padding:
@@ -88,7 +88,7 @@ class Engine(wiring.Component):
     # --- sums --------------------------------------------------------------------------------------------------
 
     def _sums(
-        self, m: Module, step: Value, codes: Value, weights: Value, at: dict[str, Value]
+        self, m: Circuit, step: Value, codes: Value, weights: Value, at: dict[str, Value]
     ) -> tuple[list[Value], Value, Value]:
         """The sum of each unit, whether it is complete, and its group of channels one step ahead."""
         f, planes = self.folded, self.product.planes and self.product.signs
@@ -132,7 +132,7 @@ class Engine(wiring.Component):
 
     # --- codes -------------------------------------------------------------------------------------------------
 
-    def _write(self, m: Module, step: Value, sums: list[Value], done: Value, group: Value) -> None:
+    def _write(self, m: Circuit, step: Value, sums: list[Value], done: Value, group: Value) -> None:
         """Sums become codes, and a word of them waits at the output."""
         encoder = self.product.encoder
         numbers = sums
@@ -143,13 +143,13 @@ class Engine(wiring.Component):
         with m.If(step):
             m.d.sync += [self.o.valid.eq(done), self.o.payload.eq(Cat(*numbers))]
 
-    def _table(self, m: Module, step: Value, name: str, rows: list[int], width: int, group: Value) -> list[Value]:
+    def _table(self, m: Circuit, step: Value, name: str, rows: list[int], width: int, group: Value) -> list[Value]:
         """The row of each unit for the sums that are complete."""
         units = self.folded.units
         words = [joined(rows[i : i + units], width) for i in range(0, len(rows), units)]
         return slices(rom(m, name, words, width * units, group, step), width)
 
-    def _by_steps(self, m: Module, step: Value, sums: list[Value], group: Value, encoder: Steps) -> list[Value]:
+    def _by_steps(self, m: Circuit, step: Value, sums: list[Value], group: Value, encoder: Steps) -> list[Value]:
         bits = self.folded.sum_bits
         columns = zip(encoder.thresholds.tolist(), encoder.falling.tolist())
         rows = [joined(thresholds, bits) << 1 | int(falls) for thresholds, falls in columns]
@@ -162,7 +162,7 @@ class Engine(wiring.Component):
             numbers.append(code)
         return numbers
 
-    def _by_scale(self, m: Module, step: Value, sums: list[Value], group: Value, encoder: Scale) -> list[Value]:
+    def _by_scale(self, m: Circuit, step: Value, sums: list[Value], group: Value, encoder: Scale) -> list[Value]:
         pairs = list(zip(encoder.multiplier.tolist(), encoder.offset.tolist()))
         a, b = (max(signed_bits(n) for n in column) for column in zip(*pairs))
         rows = [joined([offset], b) << a | joined([factor], a) for factor, offset in pairs]

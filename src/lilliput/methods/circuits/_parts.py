@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from amaranth.hdl import Array, Const, Module, Mux, Signal, Value, signed, unsigned
+from amaranth.hdl import Array, Const, Mux, Signal, signed, unsigned
 from amaranth.lib import memory, stream, wiring
 from amaranth.lib.wiring import In, Out
 
-from lilliput.methods.circuits._words import signed_bits
+from lilliput.methods.circuits._words import Circuit, Value, signed_bits
 
 
 def flow(i_width: int, o_width: int) -> wiring.Signature:
@@ -18,7 +18,7 @@ def flow(i_width: int, o_width: int) -> wiring.Signature:
     )
 
 
-def counters(m: Module, sizes: Sequence[int], step: Value) -> tuple[list[Value], list[Value]]:
+def counters(m: Circuit, sizes: Sequence[int], step: Value) -> tuple[list[Value], list[Value]]:
     """Counters within one another, the innermost first, that move on with `step`.
 
     Returns their values, and for each whether it and all inside it stand at their last value.
@@ -39,7 +39,7 @@ def counters(m: Module, sizes: Sequence[int], step: Value) -> tuple[list[Value],
     return values, ends
 
 
-def later(m: Module, step: Value, values: dict[str, Value]) -> dict[str, Value]:
+def later(m: Circuit, step: Value, values: dict[str, Value]) -> dict[str, Value]:
     """The values as they were one step before."""
     found: dict[str, Value] = {}
     for name, value in values.items():
@@ -51,7 +51,7 @@ def later(m: Module, step: Value, values: dict[str, Value]) -> dict[str, Value]:
     return found
 
 
-def rom(m: Module, name: str, words: Sequence[int], width: int, address: Value, step: Value) -> Value:
+def rom(m: Circuit, name: str, words: Sequence[int], width: int, address: Value, step: Value) -> Value:
     """The word at `address` one `step` later; a single word is a constant."""
     if len(words) == 1:
         return Const(words[0], width)

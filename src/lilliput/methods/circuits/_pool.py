@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from amaranth.hdl import Cat, Module, Mux, Signal, Value, unsigned
+from amaranth.hdl import Cat, Module, Mux, Signal, unsigned
 from amaranth.lib import memory, wiring
 
 from lilliput.methods.circuits._net import Pool
 from lilliput.methods.circuits._parts import counters, flow, slices
+from lilliput.methods.circuits._words import Circuit, Value
 
 
 class Largest(wiring.Component):
@@ -17,7 +18,7 @@ class Largest(wiring.Component):
         super().__init__(flow(lanes * pool.bits, lanes * pool.bits))
 
     def elaborate(self, platform: object) -> Module:
-        m = Module()
+        m: Circuit = Module()
         squares, words = self.pool.out[2], self.pool.shape[0] // self.lanes
         depth = 2 ** (squares.bit_length() + (words - 1).bit_length())
         m.submodules.row = row = memory.Memory(shape=unsigned(len(self.i.payload)), depth=depth, init=[])
@@ -42,7 +43,7 @@ class Largest(wiring.Component):
             m.d.sync += [self.o.valid.eq(1), self.o.payload.eq(merged)]
         return m
 
-    def _place(self, m: Module, take: Value) -> tuple[Value, Value, Value, Value]:
+    def _place(self, m: Circuit, take: Value) -> tuple[Value, Value, Value, Value]:
         """Word of the place, square of the row, and whether the word is the first or the last of its square.
 
         Places that fill no square are counted with one past the last square.

@@ -7,7 +7,7 @@ from amaranth.lib import wiring
 
 from lilliput.methods.circuits._net import Encode, Scores
 from lilliput.methods.circuits._parts import counters, flow, later, lookup, rom, slices, tree
-from lilliput.methods.circuits._words import joined, signed_bits
+from lilliput.methods.circuits._words import Circuit, joined, signed_bits
 
 
 class Coder(wiring.Component):
@@ -18,7 +18,7 @@ class Coder(wiring.Component):
         super().__init__(flow(8 * lanes, encode.steps.bits * lanes))
 
     def elaborate(self, platform: object) -> Module:
-        m = Module()
+        m: Circuit = Module()
         falls = bool(self.steps.falling[0])
         codes = []
         for byte in slices(self.i.payload, 8):
@@ -41,7 +41,7 @@ class Winner(wiring.Component):
         super().__init__(flow(lanes * sum_bits, 1 + self.class_bits + self.score_bits))
 
     def elaborate(self, platform: object) -> Module:
-        m = Module()
+        m: Circuit = Module()
         step, move = Signal(), Signal()
         m.d.comb += [step.eq(~self.o.valid | self.o.ready), move.eq(step & self.i.valid)]
         (lane, _), ends = counters(m, (self.lanes, len(self.pairs) // self.lanes), move)

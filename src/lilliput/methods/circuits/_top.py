@@ -12,6 +12,7 @@ from lilliput.methods.circuits._net import Encode, IntegerNet, Pool
 from lilliput.methods.circuits._parts import flow
 from lilliput.methods.circuits._pool import Largest
 from lilliput.methods.circuits._scores import Coder, Winner
+from lilliput.methods.circuits._words import Circuit
 
 
 class Top(wiring.Component):
@@ -35,7 +36,7 @@ class Top(wiring.Component):
         super().__init__(flow(8 * folded[0].lanes, len(self.winner.o.payload)))
 
     def elaborate(self, platform: object) -> Module:
-        m = Module()
+        m: Circuit = Module()
         for i, stage in enumerate(self.stages):
             m.submodules[f"stage_{i}"] = stage
         for one, next_one in zip(self.stages, self.stages[1:]):

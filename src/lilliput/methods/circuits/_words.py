@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+Circuit = Value = Any  # of Amaranth, whose annotations do not tell what its modules and values can do
 
 
 def joined(numbers: Sequence[int], width: int) -> int:

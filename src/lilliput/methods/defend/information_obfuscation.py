@@ -73,6 +73,9 @@ class Encoder(nn.Module):
     `power` (r,) makes energies of squared coefficients; `budget` below 0 sends all of them without a mask.
     """
 
+    power: Tensor
+    scale: Tensor
+
     def __init__(self, read: nn.Linear | nn.Conv2d, power: Tensor, scale: Tensor, bits: int, budget: float):
         super().__init__()
         self.read, self.bits, self.budget = read, bits, budget
